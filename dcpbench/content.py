@@ -1,0 +1,118 @@
+"""The bytes that belong at each element: a pure function of (seed, FQN, global index, dtype).
+
+Any rank can write and check any part of any tensor without asking another, and a wrong element can be traced back to
+where it belongs. Values are bit patterns, not numbers: NaN payloads, -0.0 and denormals all occur, and all must
+survive.
+
+Elements of 4 bytes and more are unique within a tensor, since the index goes through a bijection of 32 or 64 bits.
+Narrower elements cannot be unique; there a run of neighbouring elements tells where it belongs.
+
+Source of the two bijections: the finalisers of MurmurHash3 (32 bits) and SplitMix64 (64 bits), both public domain.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from dcpbench.geometry import Region
+
+__all__ = ["DTYPES", "Bytes", "element_bytes", "overwritten", "shard_bytes"]
+
+Bytes = npt.NDArray[np.uint8]
+
+DTYPES: Final[dict[str, int]] = {
+    "float32": 4,
+    "bool": 1,
+    "uint8": 1,
+    "int8": 1,
+    "int16": 2,
+    "int32": 4,
+    "int64": 8,
+    "uint16": 2,
+    "uint32": 4,
+    "uint64": 8,
+    "bfloat16": 2,
+    "float16": 2,
+    "float64": 8,
+    "complex32": 4,
+    "complex64": 8,
+    "complex128": 16,
+    "float8_e4m3fn": 1,
+    "float8_e4m3fnuz": 1,
+    "float8_e5m2": 1,
+    "float8_e5m2fnuz": 1,
+    "float8_e8m0fnu": 1,
+    "float4_e2m1fn_x2": 1,
+}
+"""Every dtype that torch 2.13 can store and copy on CPU, with its element size in bytes."""
+
+_U64 = npt.NDArray[np.uint64]
+
+
+def shard_bytes(seed: int, fqn: str, shape: Sequence[int], region: Region, dtype: str) -> Bytes:
+    """Returns the bytes of ``region`` of the tensor ``fqn``, row-major, as an array ``[numel, element size]``.
+
+    Args:
+        seed: of the case, any integer.
+        fqn: name of the tensor; tensors of other names hold other bytes.
+        shape: of the global tensor. A 0-d tensor has one element, an empty one none.
+        region: what is wanted of it.
+        dtype: a key of :data:`DTYPES`.
+    """
+    linear = np.zeros(region.shape, dtype=np.uint64)
+    stride = 1
+    for dim in reversed(range(len(shape))):
+        along = np.asarray(region.indices(dim), dtype=np.uint64) * np.uint64(stride)
+        linear += along.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+        stride *= shape[dim]
+    return _encode(_key(seed, fqn), linear.reshape(-1), dtype)
+
+
+def element_bytes(seed: int, fqn: str, shape: Sequence[int], index: Sequence[int], dtype: str) -> bytes:
+    """Returns the bytes of the element at the global ``index`` of the tensor ``fqn``."""
+    region = Region(tuple(((i, 1),) for i in index))
+    return shard_bytes(seed, fqn, shape, region, dtype).tobytes()
+
+
+def overwritten(content: Bytes, dtype: str) -> Bytes:
+    """Returns bytes that differ from ``content`` in each element: what a destination holds before a load."""
+    return content ^ np.uint8(1 if dtype == "bool" else 0xFF)
+
+
+def _key(seed: int, fqn: str) -> int:
+    digest = hashlib.blake2b(f"{seed}\0{fqn}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _encode(key: int, linear: _U64, dtype: str) -> Bytes:
+    size = DTYPES[dtype]
+    with np.errstate(over="ignore"):
+        position = linear + np.uint64(key)
+        if size == 16:
+            lanes = np.stack([_mix64(position), _mix64(~position)], axis=-1)
+        elif size == 4:
+            lanes = _mix32(position)[:, None]
+        else:
+            lanes = _mix64(position)[:, None]
+    data = np.ascontiguousarray(lanes.astype("<u8")).view(np.uint8).reshape(len(linear), lanes.shape[-1] * 8)
+    data = np.ascontiguousarray(data[:, :size])
+    return data & np.uint8(1) if dtype == "bool" else data
+
+
+def _mix64(x: _U64) -> _U64:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _mix32(x: _U64) -> _U64:
+    mask = np.uint64(0xFFFFFFFF)
+    x = x & mask
+    x = ((x ^ (x >> np.uint64(16))) * np.uint64(0x85EBCA6B)) & mask
+    x = ((x ^ (x >> np.uint64(13))) * np.uint64(0xC2B2AE35)) & mask
+    return x ^ (x >> np.uint64(16))

@@ -1,0 +1,1 @@
+"""Real models and training loops that the suites save and resume. They run on ranks."""

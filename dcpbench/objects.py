@@ -1,0 +1,109 @@
+"""Python values that a checkpoint carries beside tensors, as JSON, and compared without mercy.
+
+A value becomes JSON values tagged with its type, so that a case file can name it and the judge, which never sees the
+loaded object itself, can compare it: ``1``, ``True`` and ``1.0`` differ, ``0.0`` and ``-0.0`` differ, a NaN equals the
+same NaN, an ``OrderedDict`` is no ``dict``.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+from collections import OrderedDict
+from typing import Any
+
+__all__ = ["decode", "differs_at", "encode"]
+
+
+def encode(value: Any) -> Any:
+    """Returns ``value`` as tagged JSON values: ``{"int": "12"}``, ``{"list": [...]}``.
+
+    A type that is not known becomes ``{"other": [qualified name, repr]}``: it can be compared, but not decoded.
+    """
+    kind = type(value)
+    if value is None or kind is bool or kind is str:
+        return value
+    if kind is int:
+        return {"int": str(value)}
+    if kind is float:
+        return {"float": _float_bits(value)}
+    if kind is complex:
+        return {"complex": [_float_bits(value.real), _float_bits(value.imag)]}
+    if kind in (bytes, bytearray):
+        return {kind.__name__: base64.b64encode(value).decode("ascii")}
+    if kind in (list, tuple):
+        return {kind.__name__: [encode(v) for v in value]}
+    if kind in (set, frozenset):
+        return {kind.__name__: sorted((encode(v) for v in value), key=json.dumps)}
+    if kind in (dict, OrderedDict):
+        return {kind.__name__: [[encode(k), encode(v)] for k, v in value.items()]}
+    return {"other": [f"{kind.__module__}.{kind.__qualname__}", repr(value)]}
+
+
+def decode(data: Any) -> Any:
+    """Returns the value that :func:`encode` turned into ``data``.
+
+    Raises:
+        ValueError: ``data`` has no known tag, or its tag does not fit what it holds.
+    """
+    if data is None or isinstance(data, bool | str):
+        return data
+    if not isinstance(data, dict) or len(data) != 1:
+        raise ValueError(f"expected an object with one type tag but got {data!r:.60}.")
+    ((tag, held),) = data.items()
+    match tag:
+        case "int":
+            return int(held)
+        case "float":
+            return _from_bits(held)
+        case "complex":
+            return complex(_from_bits(held[0]), _from_bits(held[1]))
+        case "bytes":
+            return base64.b64decode(held)
+        case "bytearray":
+            return bytearray(base64.b64decode(held))
+        case "list":
+            return [decode(v) for v in held]
+        case "tuple":
+            return tuple(decode(v) for v in held)
+        case "set":
+            return {decode(v) for v in held}
+        case "frozenset":
+            return frozenset(decode(v) for v in held)
+        case "dict":
+            return {decode(k): decode(v) for k, v in held}
+        case "OrderedDict":
+            return OrderedDict((decode(k), decode(v)) for k, v in held)
+    raise ValueError(f"expected a type tag such as 'int' or 'list' but got {tag!r}.")
+
+
+def differs_at(want: Any, got: Any, place: str = "") -> str | None:
+    """Returns the place of the first difference between two encoded values, or None if they are the same.
+
+    The place reads like Python, ``[2][0]``; the value itself is the empty string.
+    """
+    if type(want) is not type(got):
+        return place
+    if isinstance(want, dict):
+        if want.keys() != got.keys():
+            return place
+        (tag,) = want
+        if isinstance(want[tag], list) and tag in ("list", "tuple"):
+            return _sequence_differs_at(want[tag], got[tag], place)
+    return None if want == got else place
+
+
+def _sequence_differs_at(want: list[Any], got: list[Any], place: str) -> str | None:
+    for i, (one, other) in enumerate(zip(want, got, strict=False)):
+        if (found := differs_at(one, other, f"{place}[{i}]")) is not None:
+            return found
+    return None if len(want) == len(got) else place
+
+
+def _float_bits(value: float) -> str:
+    return f"{struct.pack('>d', value).hex()} {value!r}"
+
+
+def _from_bits(text: str) -> float:
+    return float(struct.unpack(">d", bytes.fromhex(text.split(" ", 1)[0]))[0])

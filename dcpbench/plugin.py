@@ -1,0 +1,252 @@
+"""The pytest plugin: options, fixtures, header, verdicts into reports. Runs in the controller."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+
+from dcpbench import known_defects
+from dcpbench.backends import registry
+from dcpbench.errors import DcpbenchError, RanksUnavailable, UsageError, expected
+from dcpbench.messages import Call
+from dcpbench.oracle.verdict import RuleBrokenError
+from dcpbench.strategies import scope
+from dcpbench.suite_session import Settings, SuiteSession
+
+PROFILES = {"quick": 20, "standard": 150, "nightly": 2000}
+"""Cases per test and backend."""
+
+MAX_WORLD_SIZE = 128
+_SESSION = pytest.StashKey[SuiteSession]()
+_COMMON = {
+    "deadline": None,  # ranks have their own timeout
+    "phases": [phase for phase in hypothesis.Phase if phase is not hypothesis.Phase.explain],  # it traces, at 3x the time
+    "print_blob": False,  # a failure writes a file that replays
+    "suppress_health_check": [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.filter_too_much],
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("dcpbench", "distributed checkpoint suites")
+    group.addoption("--world-size", type=int, default=4, metavar="N", help="ranks to run on (default: 4)")
+    group.addoption("--device", default="cpu", metavar="cpu|cuda", help="where tensors live (default: cpu)")
+    group.addoption(
+        "--backend",
+        action="append",
+        metavar="NAME",
+        help="backend under test: torch, reference or package.module:attribute; may be given several times "
+        "(default: torch and reference)",
+    )
+    group.addoption("--profile", default="standard", metavar="|".join(PROFILES), help="how many cases (default: standard)")
+    group.addoption(
+        "--rank-timeout", type=float, default=60.0, metavar="SECONDS", help="when a rank counts as hung (default: 60)"
+    )
+    group.addoption("--results", default="results", metavar="DIR", help="where records and failures go (default: results)")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        settings = _settings(config)
+        folder = config.rootpath / "suites" / "known_defects"
+        defects = {name: known_defects.load_defects(folder / f"{name}.toml", name) for name in settings.backends}
+    except UsageError as error:
+        raise pytest.UsageError(str(error)) from error
+    scope.max_world_size = settings.world_size
+    for name, max_examples in PROFILES.items():
+        options: dict[str, Any] = {**_COMMON, "max_examples": max_examples, "derandomize": name == "quick"}
+        if name == "quick":
+            options["database"] = None
+        hypothesis.settings.register_profile(name, **options)
+    hypothesis.settings.load_profile(settings.profile)
+    config.stash[_SESSION] = SuiteSession(settings, defects)
+
+
+def _settings(config: pytest.Config) -> Settings:
+    world_size = config.getoption("--world-size")
+    if not 1 <= world_size <= MAX_WORLD_SIZE:
+        raise expected(f"1 to {MAX_WORLD_SIZE} ranks", "--world-size", world_size, "Give a number in that range.")
+    device = config.getoption("--device")
+    if device not in ("cpu", "cuda"):
+        raise expected("'cpu' or 'cuda'", "--device", device, "Give one of them.")
+    profile = config.getoption("--profile")
+    if profile not in PROFILES:
+        raise expected(f"one of {', '.join(PROFILES)}", "--profile", profile, "Give one of them.")
+    timeout = config.getoption("--rank-timeout")
+    if not 0 < timeout <= 86_400:
+        raise expected("seconds above 0, at most a day", "--rank-timeout", timeout, "Give, for example, 60.")
+    backends = tuple(dict.fromkeys(config.getoption("--backend") or ["torch", "reference"]))
+    for backend in backends:
+        registry.check_spelling(backend)
+    return Settings(world_size, device, backends, profile, timeout, Path(config.getoption("--results")))
+
+
+def session_of(config: pytest.Config) -> SuiteSession:
+    """Returns the suite session of this pytest run."""
+    return config.stash[_SESSION]
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    session = session_of(config)
+    used = session.settings
+    known = ", ".join(f"{name} {len(found)}" for name, found in session.defects.items() if found) or "none"
+    return (
+        f"dcpbench: {used.world_size} ranks on {used.device}, backends {', '.join(used.backends)}, "
+        f"profile {used.profile} ({PROFILES[used.profile]} cases a test), known defects: {known}"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    session = session_of(metafunc.config)
+    names = session.settings.backends
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", names)
+    if "saver" in metafunc.fixturenames:
+        shared = [name for name in names if name in registry.KNOWN]
+        pairs = [(saver, loader) for saver in shared for loader in shared if saver != loader]
+        metafunc.parametrize(("saver", "loader"), pairs, ids=[f"{saver}-to-{loader}" for saver, loader in pairs])
+    if "regression" in metafunc.fixturenames:
+        files = sorted((metafunc.config.rootpath / "suites" / "regressions").glob("*.json"))
+        metafunc.parametrize("regression", files, ids=[file.stem for file in files])
+    if "known_defect" in metafunc.fixturenames:
+        entries = [defect for name in names for defect in session.defects[name]]
+        metafunc.parametrize("known_defect", entries, ids=[f"{entry.backend}-{entry.id}" for entry in entries])
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    config = session.config
+    needs_ranks = any("pool" in getattr(item, "fixturenames", ()) for item in session.items)
+    if not needs_ranks or config.getoption("collectonly"):
+        return
+    suite = session_of(config)
+    try:
+        from dcpbench.bench.record import check_writable
+
+        check_writable(suite.settings.results)
+        if not _is_xdist_controller(config):
+            _check_backends(suite)
+    except DcpbenchError as error:
+        suite.close()
+        raise pytest.UsageError(str(error)) from error
+
+
+def _check_backends(suite: SuiteSession) -> None:
+    """Has a rank open each backend: a module that fails to import ends the run with one line."""
+    for name in suite.settings.backends:
+        (seen,) = suite.pool.step(
+            Call(0, 1, "dcpbench.backends.registry:describe", {"specification": name}, distributed=False)
+        )
+        if seen.outcome != "ok":
+            reason = seen.error.text.strip().splitlines()[0] if seen.error else seen.outcome
+            raise UsageError(f"Expected backend {name!r} to open but its rank {seen.outcome}: {reason}. Mend it.")
+        if "problem" in seen.value:
+            raise UsageError(seen.value["problem"])
+        if suite.settings.device == "cuda" and not seen.value["num_cuda_devices"]:
+            raise expected("a CUDA device", "--device", "cuda", "Give --device=cpu, or run where torch sees a GPU.")
+
+
+def _is_xdist_controller(config: pytest.Config) -> bool:
+    return bool(getattr(config.option, "numprocesses", None)) and not hasattr(config, "workerinput")
+
+
+@pytest.fixture(scope="session")
+def pool(request: pytest.FixtureRequest) -> SuiteSession:
+    """The ranks: ``pool.run(case, backend)`` runs a case, ``pool.call(target, world_size)`` a function."""
+    return session_of(request.config)
+
+
+@pytest.fixture(scope="session")
+def check(request: pytest.FixtureRequest) -> Any:
+    """``check(verdict)``: fails the test if the verdict on the case that ran last has a new finding."""
+    return session_of(request.config).check
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    session_of(item.config).begin_test(item.nodeid.rsplit("::", 1)[-1].split("[")[0])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report: Any = yield
+    suite = session_of(item.config)
+    if call.when == "call":
+        broken = list(_broken_rules(call.excinfo.value)) if call.excinfo else []
+        for error in broken:
+            suite.write_evidence(error)
+        if broken:
+            report.longrepr = "\n\n".join(dict.fromkeys(_text(error, call) for error in broken))
+        elif report.passed and suite.unknown:
+            report.outcome = "failed"
+            report.longrepr = (
+                f"UNKNOWN: {len(suite.unknown)} cases could not be judged, so this is no pass; the machine, not the "
+                f"backend, was in the way. First: {suite.unknown[0]}"
+            )
+    return report
+
+
+def _broken_rules(error: BaseException) -> Iterator[RuleBrokenError]:
+    if isinstance(error, RuleBrokenError):
+        yield error
+    elif isinstance(error, BaseExceptionGroup):
+        for part in error.exceptions:
+            yield from _broken_rules(part)
+
+
+def _text(error: RuleBrokenError, call: pytest.CallInfo[None]) -> str:
+    if call.excinfo is not None and isinstance(call.excinfo.value, hypothesis.errors.Flaky):
+        return f"UNKNOWN: not the same twice. Seen once, and not when the case was run again:\n{error}"
+    return str(error)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    suite = session_of(session.config)
+    suite.close()
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["dcpbench"] = {
+            "counts": [[*key, number] for key, number in suite.counts.items()],
+            "known": [[*key, number] for key, number in suite.known.items()],
+            "rows": suite.rows,
+        }
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Takes over what an xdist worker counted and recorded."""
+    suite = session_of(node.config)
+    held = getattr(node, "workeroutput", {}).get("dcpbench", {})
+    for *key, number in held.get("counts", ()):
+        suite.counts[tuple(key)] += number
+    for *key, number in held.get("known", ()):
+        suite.known[tuple(key)] += number
+    suite.rows += held.get("rows", [])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    suite = session_of(config)
+    if not suite.counts or hasattr(config, "workerinput"):
+        return
+    from dcpbench.report.terminal import summary_lines, write_records
+
+    terminalreporter.section("dcpbench")
+    for line in summary_lines(suite):
+        terminalreporter.write_line(line)
+    try:
+        path = write_records(suite)
+    except OSError as error:
+        terminalreporter.write_line(f"The records could not be written: {error}.", red=True)
+    else:
+        terminalreporter.write_line(f"records: {path}")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _SESSION in config.stash:
+        session_of(config).close()
+
+
+__all__ = ["PROFILES", "RanksUnavailable", "session_of"]

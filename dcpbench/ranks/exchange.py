@@ -1,0 +1,134 @@
+"""Runs in the controller: one command on the ranks, from sending it to one observation per rank.
+
+While it waits it takes in what ranks say and print, and notices ranks that die. Ranks that are still out when time is
+up are asked for their stacks. What a lost rank's exit code was is known only later, when its whole generation is gone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from multiprocessing.connection import wait
+from signal import Signals
+
+from dcpbench.messages import Call, Done, ErrorReport, Observation, Phase, RunStep
+from dcpbench.ranks import frames
+from dcpbench.ranks.blanks import blank
+from dcpbench.ranks.link import RankLink
+
+__all__ = ["Exchange"]
+
+
+class Exchange:
+    """One command under way.
+
+    Attributes:
+        lost: ranks that died by themselves, the first one first.
+        hung: ranks that were out when time was up.
+    """
+
+    def __init__(self, command: RunStep | Call, links: Sequence[RankLink]) -> None:
+        self._command = command
+        self._links = {link.rank: link for link in links}
+        self._phases = dict.fromkeys(self._links, "")
+        self._done: dict[int, Observation] = {}
+        self._dumps: dict[int, str] = {}
+        self._limit = ""
+        self.lost: list[int] = []
+        self.hung: list[int] = []
+
+    def run(self, timeout_s: float, grace_s: float) -> None:
+        """Sends the command and waits for the ranks.
+
+        Args:
+            timeout_s: how long the ranks have.
+            grace_s: how long they have once one of them is lost.
+        """
+        data = frames.pack(self._command.command, self._command)
+        for link in self._links.values():
+            link.forget_output()
+            link.send(data)
+        deadline = time.monotonic() + timeout_s
+        self._limit = f"within {timeout_s:g} s"
+        while waiting := self._waiting():
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                break
+            num_lost = len(self.lost)
+            sources = {source: link for link in waiting for source in link.sources}
+            ready = wait(list(sources), remaining)
+            for link in dict.fromkeys(sources[source] for source in ready):  # type: ignore[index]
+                self._take(link, is_gone=link.life in ready)
+            if self.lost and not num_lost and time.monotonic() + grace_s < deadline:
+                deadline = time.monotonic() + grace_s
+                self._limit = f"within {grace_s:g} s after rank {self.lost[0]} was lost"
+        self._ask_for_stacks()
+
+    def needs_rebuild(self) -> bool:
+        return bool(self.lost or self.hung)
+
+    def observations(self, exit_codes: Mapping[int, int]) -> tuple[Observation, ...]:
+        """Returns what became of the command, in rank order.
+
+        Args:
+            exit_codes: by pid, as far as they are known.
+        """
+        return tuple(self._observation(link, exit_codes) for link in self._links.values())
+
+    def _waiting(self) -> list[RankLink]:
+        return [link for rank, link in self._links.items() if rank not in self._done and rank not in self.lost]
+
+    def _take(self, link: RankLink, *, is_gone: bool) -> None:
+        for number, payload in link.read():
+            if number == self._command.command:
+                self._understand(link.rank, payload)
+        if is_gone and link.rank not in self._done:
+            self.lost.append(link.rank)
+
+    def _understand(self, rank: int, payload: bytes) -> None:
+        try:
+            message = frames.unpack(payload)
+        except Exception as error:  # a class that only the rank can import, or anything else
+            text = f"what the rank returned cannot be read here: {type(error).__name__}: {error}"
+            seen = blank(self._command, rank, "raised", self._phases[rank])
+            self._done[rank] = replace(seen, error=ErrorReport(type(error).__qualname__, text, ""))
+            return
+        if isinstance(message, Phase):
+            self._phases[rank] = message.name
+        elif isinstance(message, Done):
+            self._done[rank] = message.observation
+
+    def _ask_for_stacks(self) -> None:
+        hung = self._waiting()
+        self.hung = [link.rank for link in hung]
+        for link in hung:
+            link.request_stacks()
+        self._dumps = {link.rank: link.settled_stacks() for link in hung}
+
+    def _observation(self, link: RankLink, exit_codes: Mapping[int, int]) -> Observation:
+        rank = link.rank
+        if rank in self._done:
+            return replace(self._done[rank], stacks="finished") if self.hung else self._done[rank]
+        printed = link.printed()
+        last_output = f"\nIts last output:\n{printed}" if printed else ""
+        phase = self._phases[rank]
+        where = f"rank {rank} (pid {link.pid}), {f'in phase {phase!r}' if phase else 'before its first phase'},"
+        if rank in self.lost:
+            how = _exit_text(exit_codes.get(link.pid))
+            error = ErrorReport(how, f"{where} was lost: {how}.{last_output}", link.stacks())
+            return replace(blank(self._command, rank, "died", phase), error=error, stacks=link.stacks())
+        stacks = self._dumps[rank]
+        error = ErrorReport("Timeout", f"{where} did not return {self._limit}.{last_output}", stacks)
+        return replace(blank(self._command, rank, "hung", phase), error=error, stacks=stacks)
+
+
+def _exit_text(code: int | None) -> str:
+    if code is None:
+        return "exit code unknown"
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"

@@ -1,0 +1,224 @@
+"""From a case to real tensors on one rank, and back to bytes. Runs on ranks.
+
+Sources hold the content of the case. Destinations hold other bytes in every element, inside storages whose remaining
+bytes are a pattern, so that an element that was never read and a write beside the shard both show.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor.placement_types import Placement as TorchPlacement
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from dcpbench.case import Case, Layout, MemoryForm, Part, Placement, Step, TensorLeaf
+from dcpbench.content import DTYPES, Bytes, overwritten
+from dcpbench.geometry import Region
+
+__all__ = ["NEVER_LOADED", "Built", "BuiltTensor", "build", "find", "tensor_bytes"]
+
+GUARD_BYTES = 64
+PATTERN = 0xA5
+NEVER_LOADED = "dcpbench: this value was never loaded"
+
+
+@dataclass(slots=True)
+class BuiltTensor:
+    """A tensor that was put into a state dict, and what must still hold of it after a load."""
+
+    leaf: TensorLeaf
+    path: tuple[Part, ...]
+    given: torch.Tensor
+    local: torch.Tensor | None
+    data_ptr: int
+
+
+@dataclass(slots=True)
+class Built:
+    """A state dict, with one entry per tensor leaf that this rank was given."""
+
+    state_dict: dict[str, Any]
+    tensors: list[BuiltTensor]
+
+
+def build(case: Case, step: Step, rank: int, device: str) -> Built:
+    """Returns the state dict of ``step`` on ``rank``: the source of a save or the destination of a load.
+
+    All ranks of the step must call it, since a mesh is made by all ranks together.
+    """
+    layout = case.layouts[step.layout]
+    is_source = step.action == "save"
+    misused = step.misuse != "none" and step.misused_on in (None, rank)
+    placed: list[tuple[tuple[Part, ...], Any]] = []
+    tensors = []
+    mesh = _mesh(layout, device) if any(leaf.placements is not None for leaf in layout.leaves) else None
+    for index, leaf in enumerate(case.tensors):
+        shape, path = leaf.shape, leaf.path
+        if misused and index == step.misused:
+            shape, path = _misuse(step, leaf)
+        region = layout.region(index, shape, rank)
+        local = None if region is None else _local(case, layout, index, region, step, is_source, shape == leaf.shape, device)
+        given = _distribute(local, shape, leaf, mesh, layout, index, device)
+        placed.append((path, given))
+        tensors.append(BuiltTensor(leaf, path, given, local, local.data_ptr() if local is not None else 0))
+    for held in case.objects:
+        placed.append((held.path, held.value(step.version) if is_source else NEVER_LOADED))
+    if not is_source and case.seed % 2:
+        placed.reverse()  # nothing may depend on the order in which keys were put in
+    return Built(_nest(placed), tensors)
+
+
+def _misuse(step: Step, leaf: TensorLeaf) -> tuple[tuple[int, ...], tuple[Part, ...]]:
+    if step.misuse == "unknown-key":
+        return leaf.shape, (*leaf.path[:-1], Part("key", f"{leaf.path[-1].value}_unknown"))
+    if step.misuse == "other-size":
+        return (leaf.shape[0] + 1, *leaf.shape[1:]), leaf.path
+    return leaf.shape, leaf.path
+
+
+def _local(
+    case: Case, layout: Layout, index: int, region: Region, step: Step, is_source: bool, has_content: bool, device: str
+) -> torch.Tensor:
+    leaf = case.tensors[index]
+    memory = layout.leaves[index].memory
+    if is_source and leaf.expanded and region.numel:
+        row = Region((((0, 1),), *region.runs[1:]))
+        data = case.expected_bytes(index, step.version, row)
+        return _allocate(data, row.shape, leaf.dtype, memory, device, guard=False).expand(region.shape)
+    if is_source:
+        return _allocate(
+            case.expected_bytes(index, step.version, region), region.shape, leaf.dtype, memory, device, guard=False
+        )
+    version = case.version_at(case.steps.index(step)) or 0
+    if has_content:
+        data = overwritten(case.expected_bytes(index, version, region), leaf.dtype)
+    else:
+        data = np.zeros((region.numel, DTYPES[leaf.dtype]), dtype=np.uint8)
+    return _allocate(data, region.shape, leaf.dtype, memory, device, guard=True)
+
+
+def _allocate(
+    data: Bytes, shape: tuple[int, ...], dtype_name: str, memory: MemoryForm, device: str, *, guard: bool
+) -> torch.Tensor:
+    """Returns a tensor of ``shape`` with ``data``, in a storage of its own that is a pattern wherever it is not data."""
+    dtype = cast("torch.dtype", getattr(torch, dtype_name))
+    size = DTYPES[dtype_name]
+    steps = 2 if memory == "sliced" else 1
+    outer = tuple(extent * steps + (steps - 1) for extent in shape)
+    order = tuple(reversed(range(len(shape)))) if memory == "transposed" else tuple(range(len(shape)))
+    strides = [0] * len(shape)
+    stride = 1
+    for dim in reversed(order):
+        strides[dim] = stride * steps
+        stride *= max(outer[dim], 1)
+    num_elements = math.prod(outer) if memory == "sliced" else math.prod(shape)
+    guard_bytes = GUARD_BYTES if guard else 0
+    raw = np.full(num_elements * size + 2 * guard_bytes, PATTERN, dtype=np.uint8)
+    if dtype_name == "bool":
+        raw &= 1
+    offset = guard_bytes // size + (sum(s // steps for s in strides) if memory == "sliced" else 0)
+    _view(raw, offset, shape, strides, size)[...] = data.reshape(*shape, size)
+    storage = torch.from_numpy(raw).to(device).untyped_storage() if device != "cpu" else _cpu_storage(raw)
+    empty = torch.empty(0, dtype=dtype, device=device)
+    return empty.set_(storage, offset, shape, tuple(strides))  # type: ignore[call-overload]
+
+
+def _cpu_storage(raw: Bytes) -> torch.UntypedStorage:
+    """Returns a storage that torch itself allocated: one that wraps numpy's memory cannot be resized or shared."""
+    return torch.from_numpy(raw).clone().untyped_storage()
+
+
+def _view(raw: Bytes, offset: int, shape: tuple[int, ...], strides: list[int] | tuple[int, ...], size: int) -> Bytes:
+    return np.lib.stride_tricks.as_strided(
+        raw[offset * size :], (*shape, size), (*(stride * size for stride in strides), 1)
+    )
+
+
+def _mesh(layout: Layout, device: str) -> DeviceMesh:
+    ranks = torch.tensor(layout.mesh.ranks).reshape(layout.mesh.sizes)
+    return DeviceMesh(device, ranks, mesh_dim_names=layout.mesh.axes)
+
+
+def _distribute(
+    local: torch.Tensor | None,
+    shape: tuple[int, ...],
+    leaf: TensorLeaf,
+    mesh: DeviceMesh | None,
+    layout: Layout,
+    index: int,
+    device: str,
+) -> torch.Tensor:
+    placements = layout.leaves[index].placements
+    if placements is None or mesh is None:
+        assert local is not None, "a plain tensor lies on every rank"
+        return local
+    if local is None:
+        local = torch.empty(0, dtype=getattr(torch, leaf.dtype), device=device)
+    # as distribute_tensor ends; from_local would take an empty shape, that of a 0-d tensor, for none at all
+    dtype = cast("torch.dtype", getattr(torch, leaf.dtype))
+    meta = TensorMeta(torch.Size(shape), torch.empty(shape, device="meta").stride(), dtype)
+    spec = DTensorSpec(mesh, tuple(_placement(p) for p in placements), tensor_meta=meta)
+    return DTensor(local, spec, requires_grad=False)
+
+
+def _placement(placement: Placement) -> TorchPlacement:
+    if placement.dim is None:
+        return Replicate()
+    if placement.split_factor == 1:
+        return Shard(placement.dim)
+    return cast("TorchPlacement", _StridedShard(placement.dim, split_factor=placement.split_factor))
+
+
+def _nest(placed: list[tuple[tuple[Part, ...], Any]]) -> dict[str, Any]:
+    root: dict[Any, Any] = {}
+    for path, value in placed:
+        at: Any = root
+        for part, following in zip(path, (*path[1:], None), strict=True):
+            held: Any = value if following is None else [] if following.kind == "index" else {}
+            if part.kind == "index":
+                at.extend([None] * (int(part.value) + 1 - len(at)))
+                if following is None or at[part.value] is None:
+                    at[part.value] = held
+            elif following is None:
+                at[part.value] = held
+            else:
+                at.setdefault(part.value, held)
+            at = at[part.value]
+    return root
+
+
+def find(state_dict: Any, path: tuple[Part, ...]) -> Any:
+    """Returns what hangs at ``path``.
+
+    Raises:
+        LookupError: nothing does.
+    """
+    at = state_dict
+    for part in path:
+        if not isinstance(at, list if part.kind == "index" else dict):
+            raise LookupError(part.value)
+        at = at[part.value]
+    return at
+
+
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    """Returns the bytes of a local tensor, row-major; of no elements, no bytes."""
+    # a clone, since contiguous() leaves odd strides along dims of size 1 as they are
+    flat = tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).cpu()
+    return cast("bytes", flat.view(torch.uint8).numpy().tobytes()) if flat.numel() else b""
+
+
+def outside_intact(tensor: torch.Tensor) -> bool:
+    """Reads as: every byte of the storage of ``tensor`` that is not an element of it is still the pattern."""
+    storage = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())  # type: ignore[call-overload]
+    raw = storage.cpu().numpy().copy()
+    pattern = PATTERN & 1 if tensor.dtype == torch.bool else PATTERN
+    _view(raw, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.element_size())[...] = pattern
+    return bool((raw == pattern).all())

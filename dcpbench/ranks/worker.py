@@ -1,0 +1,166 @@
+"""Runs on a rank: the program of one rank, from its greeting to its end.
+
+    connect -> Hello -> Welcome -> { command -> Phase … -> Done } …
+
+The main thread serves commands. A second one only watches the controller, so that the rank ends with it even while the
+main thread is blocked in a collective.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import functools
+import importlib
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import traceback
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any, Final
+
+from dcpbench.messages import Call, Done, ErrorReport, Hello, Observation, Phase, RunStep, Welcome
+from dcpbench.ranks import frames
+from dcpbench.ranks.address import KEY_VARIABLE, OutputOf, connect
+from dcpbench.ranks.blanks import blank, bounded
+from dcpbench.ranks.lifetime import die_with_parent
+from dcpbench.ranks.link import stacks_path
+
+if TYPE_CHECKING:
+    from dcpbench.ranks.groups import DefaultGroup
+
+__all__ = ["serve"]
+
+_MAX_TEXT: Final = 8 * 1024
+_MAX_TRACEBACK: Final = 32 * 1024
+
+
+def serve(address: str, generation: int) -> None:
+    """Serves the controller at ``address`` until it is gone.
+
+    The rank's number is in the environment (``RANK``), the key as well.
+    """
+    die_with_parent(os.getppid())
+    key = bytes.fromhex(os.environ.pop(KEY_VARIABLE))
+    rank = int(os.environ["RANK"])
+    messages = connect(address, key)
+    messages.send(Hello(rank, os.getpid(), socket.gethostname(), generation))
+    welcome: Welcome = messages.recv()
+    _send_output_to_controller(address, key, rank, generation)
+    threading.Thread(target=_end_with_controller, args=(messages,), daemon=True).start()
+    sys.path[:] = welcome.sys_path
+    with stacks_path(welcome.stacks_dir, generation, rank).open("w") as stacks:
+        faulthandler.enable(stacks)
+        faulthandler.register(signal.SIGUSR1, stacks)
+        # Elastic sends SIGTERM to all as soon as one rank is lost. What the others make of the loss is evidence; the
+        # controller ends them when it has it. A handler, unlike SIG_IGN, is not inherited by subprocesses.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.siginterrupt(signal.SIGTERM, False)
+        _Rank(rank, messages, welcome).serve_commands()
+
+
+class _Rank:
+    def __init__(self, rank: int, messages: Connection, welcome: Welcome) -> None:
+        self._rank = rank
+        self._messages = messages
+        self._welcome = welcome
+        self._phase = ""
+
+    @functools.cached_property
+    def _group(self) -> DefaultGroup:
+        from dcpbench.ranks.groups import DefaultGroup
+
+        return DefaultGroup(self._rank, self._welcome.device, self._welcome.connect_timeout_s)
+
+    def serve_commands(self) -> None:
+        while True:
+            try:
+                number, payload = frames.receive(self._messages)
+                observation = self._observe(number, payload)
+                self._messages.send_bytes(self._packed(number, observation))
+            except (EOFError, OSError):  # the controller is gone
+                return
+
+    def _observe(self, number: int, payload: bytes) -> Observation:
+        """Runs a command and returns what came of it.
+
+        The boundary: whatever the code under test raises becomes an observation here, `BaseException` included, since
+        DCP's own ``CheckpointException`` is one.
+        """
+        self._phase = ""
+        seen = Observation(self._rank, 0, 0, "call", "ok")
+        try:
+            command: RunStep | Call = frames.unpack(payload)
+            seen = blank(command, self._rank)
+            return self._run(number, command, seen)
+        except BaseException as error:
+            return replace(seen, outcome="raised", phase=self._phase, error=_report(error))
+
+    def _run(self, number: int, command: RunStep | Call, seen: Observation) -> Observation:
+        def enter_phase(name: str) -> None:
+            self._phase = name
+            self._messages.send_bytes(frames.pack(number, Phase(number, name)))
+
+        try:
+            if command.distributed:
+                enter_phase("connect")
+                self._group.connect(number, command.world_size)
+            else:
+                self._group.disconnect()
+            if isinstance(command, RunStep):
+                from dcpbench.ranks.execute import run_step
+
+                return run_step(command, self._rank, enter_phase, self._welcome.device)
+            enter_phase("call")
+            return replace(seen, phase="call", value=_call(command, self._rank))
+        except BaseException:
+            self._group.abort()
+            raise
+
+    def _packed(self, number: int, observation: Observation) -> bytes:
+        try:
+            return frames.pack(number, Done(number, observation))
+        except Exception as error:  # a value of a kind that does not travel
+            unsent = replace(observation, outcome="raised", value=None, error=_report(error))
+            return frames.pack(number, Done(number, unsent))
+
+
+def _call(command: Call, rank: int) -> Any:
+    module, _, name = command.target.partition(":")
+    return getattr(importlib.import_module(module), name)(rank, command.world_size, **command.arguments)
+
+
+def _report(error: BaseException) -> ErrorReport:
+    kind = type(error)
+    try:
+        text = str(error)
+        lines = "".join(traceback.format_exception(error))
+    except Exception as broken:  # the code under test may define __str__ as it likes
+        text = f"no text: its __str__ raised {type(broken).__qualname__}"
+        lines = "".join(traceback.format_tb(error.__traceback__))
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return ErrorReport(name, bounded(text, _MAX_TEXT), bounded(lines, _MAX_TRACEBACK))
+
+
+def _send_output_to_controller(address: str, key: bytes, rank: int, generation: int) -> None:
+    """Makes a connection the standard output and error: what a rank prints outlives it, and fills no disk."""
+    output = connect(address, key)
+    output.send(OutputOf(rank, generation))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    output.close()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def _end_with_controller(messages: Connection) -> None:
+    """Ends the process when the controller has closed its side. Runs in a thread of its own."""
+    poll = select.poll()
+    poll.register(messages.fileno(), select.POLLRDHUP)
+    poll.poll()
+    os._exit(0)

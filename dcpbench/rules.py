@@ -1,0 +1,245 @@
+"""The catalogue of rules: what a checkpoint backend must do, each rule with a code, a sentence and its source.
+
+`docs/rules.md` is made from this module by ``dcpbench rules --markdown``; a test holds the two together, and another
+shows for each rule a wrong backend that the rule catches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = ["FAMILIES", "RULES", "Rule", "as_markdown"]
+
+FAMILIES: Final = {
+    "values": "What was saved is what is loaded, bit for bit.",
+    "identity": "A load writes into the memory that it was given, and nowhere else.",
+    "tiling": "The metadata describes each element of each tensor once.",
+    "objects": "Values that are not tensors come back as they were.",
+    "outcome": "All ranks end the same way, in time, and bad input is refused with its reason.",
+}
+
+_LOAD = "torch.distributed.checkpoint.load (documentation)"
+_SAVE = "torch.distributed.checkpoint.save (documentation)"
+_METADATA = "torch.distributed.checkpoint.metadata (source), DefaultSavePlanner's validation of the global plan"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One sentence that holds for every correct backend.
+
+    Attributes:
+        code: ``R`` and three digits; the first digit is the family.
+        name: two or three words, hyphenated.
+        family: a key of :data:`FAMILIES`.
+        sentence: what the backend must do.
+        source: the document that says so.
+        mutant: the wrong backend in ``tests/mutants.py`` that the rule catches.
+    """
+
+    code: str
+    name: str
+    family: str
+    sentence: str
+    source: str
+    mutant: str
+
+
+_ALL = (
+    Rule(
+        "R101",
+        "wrong-bytes",
+        "values",
+        "Each element of a loaded tensor must hold the bytes that were saved at its global index.",
+        f"{_LOAD}: each rank reads what is needed to fulfil the requested state_dict",
+        "shifted_reader",
+    ),
+    Rule(
+        "R102",
+        "wrong-dtype",
+        "values",
+        "A tensor must keep its dtype through save and load.",
+        f"{_LOAD}: tensors are allocated by the caller before the call",
+        "widening_loader",
+    ),
+    Rule(
+        "R103",
+        "wrong-shape",
+        "values",
+        "A tensor must keep its shape through save and load, 0-d and empty ones too.",
+        f"{_LOAD}: tensors are allocated by the caller before the call",
+        "scalar_as_vector",
+    ),
+    Rule(
+        "R104",
+        "lost-leaf",
+        "values",
+        "After a load each key of the state dict must still hold what it is for: a tensor, or a value.",
+        f"{_LOAD}: non-tensor data is modified in place on state_dict",
+        "forgetful_loader",
+    ),
+    Rule(
+        "R105",
+        "added-key",
+        "values",
+        "A load must not add keys to the state dict.",
+        f"{_LOAD}: only what the state_dict asks for is read",
+        "generous_loader",
+    ),
+    Rule(
+        "R106",
+        "stale-bytes",
+        "values",
+        "A load must bring the checkpoint that was asked for, not what another save or an earlier load left.",
+        f"{_LOAD}: checkpoint_id names this checkpoint instance",
+        "caching_reader",
+    ),
+    Rule(
+        "R107",
+        "unwritten-elements",
+        "values",
+        "A load that succeeds must have written each element of each tensor that it was asked for.",
+        f"{_LOAD}: each rank reads what is needed to fulfil the requested state_dict",
+        "lazy_reader",
+    ),
+    Rule(
+        "R201",
+        "replaced-tensor",
+        "identity",
+        "A load must fill the tensor objects of the state dict, not put others in their place.",
+        f"{_LOAD}: all tensors must be allocated on their destination device prior to the call",
+        "replacing_loader",
+    ),
+    Rule(
+        "R202",
+        "moved-storage",
+        "identity",
+        "A loaded tensor must keep the memory that it had.",
+        f"{_LOAD}: all tensors must be allocated on their destination device prior to the call",
+        "moving_loader",
+    ),
+    Rule(
+        "R203",
+        "stray-write",
+        "identity",
+        "A load must not write to bytes beside the tensors of the state dict.",
+        f"{_LOAD}: in-place load",
+        "overrunning_reader",
+    ),
+    Rule(
+        "R301",
+        "chunk-gap",
+        "tiling",
+        "The chunks of a tensor must cover each of its elements.",
+        _METADATA,
+        "gap_in_metadata",
+    ),
+    Rule(
+        "R302",
+        "chunk-overlap",
+        "tiling",
+        "No element of a tensor may lie in two chunks.",
+        _METADATA,
+        "overlap_in_metadata",
+    ),
+    Rule(
+        "R303",
+        "chunk-out-of-bounds",
+        "tiling",
+        "Each chunk must lie within its tensor.",
+        _METADATA,
+        "chunk_out_of_bounds",
+    ),
+    Rule(
+        "R304",
+        "wrong-metadata",
+        "tiling",
+        "The metadata must list each saved tensor with its global shape and dtype.",
+        _METADATA,
+        "forgetful_metadata",
+    ),
+    Rule(
+        "R401",
+        "wrong-object",
+        "objects",
+        "A value that is no tensor must come back equal, and of the same type.",
+        f"{_LOAD}: non-tensor data is deserialised and put back",
+        "tuples_become_lists",
+    ),
+    Rule(
+        "R402",
+        "stale-object",
+        "objects",
+        "A load that succeeds must have replaced each value that it was asked for.",
+        f"{_LOAD}: load will deserialize the object, and then replace it in the state_dict",
+        "objects_on_coordinator_only",
+    ),
+    Rule(
+        "R501",
+        "refused-good-input",
+        "outcome",
+        "A save or load of a valid state dict must succeed.",
+        f"{_SAVE}; {_LOAD}",
+        "refuses_empty_tensors",
+    ),
+    Rule(
+        "R502",
+        "split-outcome",
+        "outcome",
+        "All ranks must end the same way: if one cannot go on, all raise.",
+        "torch.distributed.checkpoint.CheckpointException: failures of any rank reach all ranks",
+        "silent_coordinator",
+    ),
+    Rule(
+        "R503",
+        "hung-rank",
+        "outcome",
+        "No rank may wait for ever.",
+        "torch.distributed.checkpoint.CheckpointException: failures of any rank reach all ranks",
+        "waits_for_ever",
+    ),
+    Rule(
+        "R504",
+        "lost-rank",
+        "outcome",
+        "A save or load must not end the process that calls it.",
+        f"{_SAVE}; {_LOAD}",
+        "exits_on_scalar",
+    ),
+    Rule(
+        "R505",
+        "accepted-bad-input",
+        "outcome",
+        "What cannot be loaded as asked must be refused on all ranks.",
+        "DefaultLoadPlanner: missing keys and size mismatches raise unless partial load is allowed",
+        "lenient_loader",
+    ),
+    Rule(
+        "R506",
+        "unnamed-key",
+        "outcome",
+        "A refusal must name the key that is refused.",
+        "create_default_local_load_plan (source): the error names the fqn",
+        "mumbling_loader",
+    ),
+)
+
+RULES: Final[dict[str, Rule]] = {rule.code: rule for rule in _ALL}
+"""The catalogue, by code."""
+
+
+def as_markdown() -> str:
+    """Returns the catalogue as the page ``docs/rules.md``."""
+    lines = [
+        "# The rules",
+        "",
+        "What a distributed checkpoint backend must do. Each rule has a wrong backend in `tests/mutants.py` that breaks",
+        "it, and a test that shows that the rule catches it. Made from `dcpbench/rules.py` by `dcpbench rules --markdown`.",
+    ]
+    for family, sentence in FAMILIES.items():
+        lines += ["", f"## {family.capitalize()}", "", sentence]
+        for rule in _ALL:
+            if rule.family == family:
+                lines += ["", f'### <a id="{rule.code.lower()}"></a>{rule.code} {rule.name}', "", rule.sentence, ""]
+                lines += [f"- source: {rule.source}", f"- mutant: `{rule.mutant}`"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,98 @@
+"""Strategies for how tensors lie on ranks: meshes, placements, whole layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hypothesis import strategies as st
+
+from dcpbench.case import Layout, LeafLayout, MemoryForm, Mesh, Placement, TensorLeaf
+
+__all__ = ["layouts", "meshes", "placements", "world_sizes"]
+
+_AXES = ("dp", "tp", "cp")
+_FORMS: tuple[MemoryForm, ...] = ("contiguous", "transposed", "sliced")
+
+
+def world_sizes(max_world_size: int) -> st.SearchStrategy[int]:
+    """Returns a strategy for world sizes from 1 to ``max_world_size``. Shrinks towards 1."""
+    return st.integers(1, max_world_size)
+
+
+def meshes(world_size: int, *, any_order: bool = True) -> st.SearchStrategy[Mesh]:
+    """Returns a strategy for meshes of one to three axes over a world.
+
+    With ``any_order`` the ranks may stand in any order, and now and then some are left out. Shrinks towards one axis
+    over all ranks in order.
+    """
+
+    def over(ranks: Sequence[int]) -> st.SearchStrategy[Mesh]:
+        options = _factorings(len(ranks))
+        return st.sampled_from(options).map(lambda sizes: Mesh(_AXES[: len(sizes)], sizes, tuple(ranks)))
+
+    in_order = over(range(world_size))
+    if not any_order or world_size == 1:
+        return in_order
+    permuted = st.permutations(range(world_size)).flatmap(over)
+    partial = st.integers(1, world_size - 1).flatmap(
+        lambda n: st.permutations(range(world_size)).flatmap(lambda ranks: over(ranks[:n]))
+    )
+    return st.one_of(in_order, in_order, in_order, permuted, partial)
+
+
+def _factorings(number: int) -> list[tuple[int, ...]]:
+    """Returns the ways to write ``number`` as a product of one to three factors; the fewest and plainest first."""
+    found = [(number,)]
+    for first in range(1, number + 1):
+        if number % first == 0:
+            rest = number // first
+            found.append((first, rest))
+            found += [(first, second, rest // second) for second in range(1, rest + 1) if rest % second == 0]
+    return sorted(found, key=lambda sizes: (len(sizes), sizes.count(1)))
+
+
+def placements(num_dims: int, mesh: Mesh, *, strided: bool = True) -> st.SearchStrategy[tuple[Placement, ...]]:
+    """Returns a strategy for the placements of a tensor of ``num_dims`` dims, one per mesh axis.
+
+    Several axes may cut the same dim. With ``strided`` a cut may be a strided shard, of the split factor that FSDP2
+    gives it over tensor parallelism (the size of the later axes that cut the same dim) or of another one. Shrinks
+    towards Shard(0) on each axis, which splits, rather than towards Replicate().
+    """
+    cuts = [Placement(dim) for dim in range(num_dims)]
+    plain = st.sampled_from([*cuts, Placement()])
+    if not strided or not cuts:
+        return st.tuples(*[plain] * len(mesh.axes))
+    factors = sorted({*(size for size in mesh.sizes if size > 1), 2, 3})
+    bent = st.builds(Placement, st.integers(0, num_dims - 1), st.sampled_from(factors))
+    return st.one_of(
+        st.tuples(*[plain] * len(mesh.axes)),
+        st.tuples(*[plain] * len(mesh.axes)).map(lambda drawn: _as_fsdp_over_tp(drawn, mesh)),
+        st.tuples(*[st.one_of(plain, plain, bent)] * len(mesh.axes)),
+    )
+
+
+def _as_fsdp_over_tp(drawn: tuple[Placement, ...], mesh: Mesh) -> tuple[Placement, ...]:
+    """Returns the placements with each cut made strided by the later axes that cut the same dim."""
+    bent = []
+    for axis, placement in enumerate(drawn):
+        factor = 1
+        for later in range(axis + 1, len(drawn)):
+            if drawn[later].dim == placement.dim:
+                factor *= mesh.sizes[later]
+        bent.append(Placement(placement.dim, factor) if placement.dim is not None else placement)
+    return tuple(bent)
+
+
+@st.composite
+def layouts(draw: st.DrawFn, tensors: Sequence[TensorLeaf], world_size: int) -> Layout:
+    """Draws a layout of ``tensors`` over ``world_size`` ranks.
+
+    Shrinks towards one axis over all ranks, each tensor cut along dim 0 and contiguous.
+    """
+    mesh = draw(meshes(world_size), label="mesh")
+    leaves = []
+    for tensor in tensors:
+        is_plain = draw(st.sampled_from([False, False, False, True]))
+        placed = None if is_plain else draw(placements(len(tensor.shape), mesh))
+        leaves.append(LeafLayout(placed, draw(st.sampled_from(_FORMS))))
+    return Layout(world_size, mesh, tuple(leaves))

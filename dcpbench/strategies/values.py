@@ -1,0 +1,79 @@
+"""Strategies for what a leaf may be: dtypes, shapes, Python values, keys."""
+
+from __future__ import annotations
+
+import math
+
+from hypothesis import strategies as st
+
+from dcpbench import objects
+from dcpbench.content import DTYPES
+
+__all__ = ["dtypes", "keys", "shapes", "values"]
+
+MAX_LEAF_ELEMENTS = 2048
+
+_SIZES = (5, 1, 2, 3, 4, 6, 7, 8, 11, 13, 16, 0, 17, 23, 31, 64)
+"""Sizes of a dim, in the order in which Hypothesis tries them: 5 first, the smallest that no mesh of 2 to 4 divides."""
+
+
+def dtypes() -> st.SearchStrategy[str]:
+    """Returns a strategy for every dtype that torch can store. Shrinks towards float32."""
+    return st.sampled_from(list(DTYPES))
+
+
+def shapes(max_dims: int = 4) -> st.SearchStrategy[tuple[int, ...]]:
+    """Returns a strategy for shapes from 0-d to ``max_dims``, with empty, prime and uneven sizes.
+
+    A shape has at most 2048 elements: further dims are cut to what is left. Shrinks towards one dim of 5.
+    """
+    few_dims = st.sampled_from([1, 2, 0, 3, 4][: max_dims + 1] if max_dims >= 1 else [0])
+    return few_dims.flatmap(lambda n: st.tuples(*[st.sampled_from(_SIZES)] * n)).map(_cut)
+
+
+def _cut(shape: tuple[int, ...]) -> tuple[int, ...]:
+    held: list[int] = []
+    for size in shape:
+        room = MAX_LEAF_ELEMENTS // max(1, math.prod(max(1, s) for s in held))
+        held.append(min(size, max(1, room)))
+    return tuple(held)
+
+
+def values() -> st.SearchStrategy[object]:
+    """Returns a strategy for values that are no tensors, encoded by :mod:`dcpbench.objects`.
+
+    No dict stands at the top or within lists: DCP takes those for parts of the state dict. Shrinks towards None.
+    """
+    scalars = st.one_of(
+        st.none(),
+        st.integers(-3, 3),
+        st.booleans(),
+        st.text(max_size=5),
+        st.integers(min_value=-(2**80), max_value=2**80),
+        st.floats(),
+        st.binary(max_size=8),
+        st.complex_numbers(),
+    )
+    inside_tuples = st.recursive(
+        scalars, lambda inner: st.one_of(st.dictionaries(st.text(max_size=3), inner, max_size=2), st.lists(inner, max_size=3))
+    )
+    plain = st.recursive(
+        scalars,
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=3),
+            st.tuples(inner, inside_tuples),
+            st.frozensets(st.integers(), max_size=3),
+            st.sets(st.text(max_size=3), max_size=3),
+        ),
+        max_leaves=6,
+    )
+    return plain.map(objects.encode)
+
+
+def keys() -> st.SearchStrategy[str]:
+    """Returns a strategy for dict keys, awkward ones too: dots, blanks, digits, slashes, no Latin letters.
+
+    Shrinks towards "a".
+    """
+    awkward = ["0", "module.weight", "a b", "ключ", "权重", "a/b", "..", "%d", "", "__0_0.distcp", "\n", "é", "é"]
+    return st.one_of(st.sampled_from(["a", "b", "weight", "bias"]), st.sampled_from(awkward), st.text(max_size=6))

@@ -1,0 +1,23 @@
+"""Known defects, strictly: each reproducer must still fail by the rule of its entry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dcpbench import Case, judge
+
+
+def test_known_defect_is_still_there(known_defect, pool):
+    case = Case.load(Path(known_defect.reproducer))
+    if case.max_world_size > pool.settings.world_size:
+        pytest.skip(f"needs {case.max_world_size} ranks: give --world-size={case.max_world_size} or more")
+    verdict = judge(case, pool.run(case, known_defect.backend))
+    assert verdict.status != "UNKNOWN", verdict.reason
+    broken = {finding.rule for finding in verdict.findings}
+    assert broken & set(known_defect.rules), (
+        f"The known defect {known_defect.id!r} of {known_defect.backend} is stale: its reproducer "
+        f"{known_defect.reproducer} ended with {verdict.status}, rules broken: {sorted(broken) or 'none'}. "
+        f"If the backend was mended, remove the entry and keep the case under suites/regressions/."
+    )
