@@ -176,7 +176,9 @@ class Placement:
     def from_json(cls, data: Any) -> Placement:
         match = _PLACEMENT.fullmatch(data) if isinstance(data, str) else None
         if match is None:
-            raise ValueError(f"expected 'Replicate()', 'Shard(0)' or '_StridedShard(0, split_factor=2)' but got {data!r}.")
+            raise ValueError(
+                f"expected 'Replicate()', 'Shard(0)' or '_StridedShard(0, split_factor=2)' but got {data!r}."
+            )
         dim, strided_dim, factor = match.groups()
         if dim is not None:
             return cls(int(dim))
@@ -307,8 +309,15 @@ class Case:
                     raise ValueError(f"expected placements within {len(tensor.shape)} dims but got {leaf}.")
         if any(not 0 <= step.layout < len(self.layouts) for step in self.steps):
             raise ValueError(f"expected steps that name one of {len(self.layouts)} layouts.")
-        if any(step.misuse in ("unknown-key", "other-size") and step.misused >= len(self.tensors) for step in self.steps):
+        if any(
+            step.misuse in ("unknown-key", "other-size") and step.misused >= len(self.tensors) for step in self.steps
+        ):
             raise ValueError(f"expected misuse of one of {len(self.tensors)} tensors.")
+
+    @property
+    def leaves(self) -> tuple[TensorLeaf | ObjectLeaf, ...]:
+        """All leaves of the state dict: tensors, then values."""
+        return (*self.tensors, *self.objects)
 
     @property
     def max_world_size(self) -> int:
@@ -335,7 +344,7 @@ class Case:
             region = Region((((0, 1),) * region.shape[0], *region.runs[1:]))
         return shard_bytes(self.content_seed(version), tensor.fqn, tensor.shape, region, tensor.dtype)
 
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
         """Hypothesis prints a failing case by its id; all of it stands in the file that the failure writes."""
         printer.text(f"<Case {self.id}>")
 
@@ -365,5 +374,7 @@ class Case:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"Expected a case file but {path} cannot be read: {error}. Give the path of one.") from error
+            raise UsageError(
+                f"Expected a case file but {path} cannot be read: {error}. Give the path of one."
+            ) from error
         return cls.loads(text, str(path))

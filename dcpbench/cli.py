@@ -28,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dcpbench", description="Correctness and benchmarks for distributed checkpoints.")
+    parser = argparse.ArgumentParser(
+        prog="dcpbench", description="Correctness and benchmarks for distributed checkpoints."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

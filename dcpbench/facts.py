@@ -49,7 +49,7 @@ def facts_of(case: Case, finding: Finding) -> Iterator[set[str]]:
     for value in case.objects:
         if finding.fqn in ("", value.fqn, "/".join(repr(part.value) for part in value.path)):
             yield _path_facts(value) | {"object"}
-    known = {leaf.fqn for leaf in (*case.tensors, *case.objects)}
+    known = {leaf.fqn for leaf in case.leaves}
     if finding.fqn not in known | {""}:
         for value in case.objects:
             yield _path_facts(value) | {"object"}

@@ -78,7 +78,9 @@ def load_defects(path: Path, backend: str) -> tuple[Defect, ...]:
         defect = codec.from_json(Defect, {**table, "backend": backend}, where)
         case_file = path.parent / defect.reproducer
         if not case_file.is_file():
-            raise MalformedFile(where, f"expected the case file {defect.reproducer!r} beside the list but it is missing.")
+            raise MalformedFile(
+                where, f"expected the case file {defect.reproducer!r} beside the list but it is missing."
+            )
         found.append(replace(defect, reproducer=str(case_file)))
     return tuple(found)
 

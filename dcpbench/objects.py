@@ -11,6 +11,7 @@ import base64
 import json
 import struct
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 __all__ = ["decode", "differs_at", "encode"]
@@ -52,30 +53,9 @@ def decode(data: Any) -> Any:
     if not isinstance(data, dict) or len(data) != 1:
         raise ValueError(f"expected an object with one type tag but got {data!r:.60}.")
     ((tag, held),) = data.items()
-    match tag:
-        case "int":
-            return int(held)
-        case "float":
-            return _from_bits(held)
-        case "complex":
-            return complex(_from_bits(held[0]), _from_bits(held[1]))
-        case "bytes":
-            return base64.b64decode(held)
-        case "bytearray":
-            return bytearray(base64.b64decode(held))
-        case "list":
-            return [decode(v) for v in held]
-        case "tuple":
-            return tuple(decode(v) for v in held)
-        case "set":
-            return {decode(v) for v in held}
-        case "frozenset":
-            return frozenset(decode(v) for v in held)
-        case "dict":
-            return {decode(k): decode(v) for k, v in held}
-        case "OrderedDict":
-            return OrderedDict((decode(k), decode(v)) for k, v in held)
-    raise ValueError(f"expected a type tag such as 'int' or 'list' but got {tag!r}.")
+    if tag not in _DECODERS:
+        raise ValueError(f"expected a type tag such as 'int' or 'list' but got {tag!r}.")
+    return _DECODERS[tag](held)
 
 
 def differs_at(want: Any, got: Any, place: str = "") -> str | None:
@@ -107,3 +87,18 @@ def _float_bits(value: float) -> str:
 
 def _from_bits(text: str) -> float:
     return float(struct.unpack(">d", bytes.fromhex(text.split(" ", 1)[0]))[0])
+
+
+_DECODERS: dict[str, Callable[[Any], Any]] = {
+    "int": int,
+    "float": _from_bits,
+    "complex": lambda held: complex(_from_bits(held[0]), _from_bits(held[1])),
+    "bytes": base64.b64decode,
+    "bytearray": lambda held: bytearray(base64.b64decode(held)),
+    "list": lambda held: [decode(v) for v in held],
+    "tuple": lambda held: tuple(decode(v) for v in held),
+    "set": lambda held: {decode(v) for v in held},
+    "frozenset": lambda held: frozenset(decode(v) for v in held),
+    "dict": lambda held: {decode(k): decode(v) for k, v in held},
+    "OrderedDict": lambda held: OrderedDict((decode(k), decode(v)) for k, v in held),
+}

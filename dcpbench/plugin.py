@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,13 @@ import pytest
 
 from dcpbench import known_defects
 from dcpbench.backends import registry
-from dcpbench.errors import DcpbenchError, RanksUnavailable, UsageError, expected
+from dcpbench.errors import DcpbenchError, UsageError, expected
 from dcpbench.messages import Call
 from dcpbench.oracle.verdict import RuleBrokenError
 from dcpbench.strategies import scope
 from dcpbench.suite_session import Settings, SuiteSession
+
+__all__ = ["PROFILES", "session_of"]
 
 PROFILES = {"quick": 20, "standard": 150, "nightly": 2000}
 """Cases per test and backend."""
@@ -24,7 +26,9 @@ MAX_WORLD_SIZE = 128
 _SESSION = pytest.StashKey[SuiteSession]()
 _COMMON = {
     "deadline": None,  # ranks have their own timeout
-    "phases": [phase for phase in hypothesis.Phase if phase is not hypothesis.Phase.explain],  # it traces, at 3x the time
+    "phases": [
+        phase for phase in hypothesis.Phase if phase is not hypothesis.Phase.explain
+    ],  # it traces, at 3x the time
     "print_blob": False,  # a failure writes a file that replays
     "suppress_health_check": [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.filter_too_much],
 }
@@ -41,11 +45,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="backend under test: torch, reference or package.module:attribute; may be given several times "
         "(default: torch and reference)",
     )
-    group.addoption("--profile", default="standard", metavar="|".join(PROFILES), help="how many cases (default: standard)")
+    group.addoption(
+        "--profile", default="standard", metavar="|".join(PROFILES), help="how many cases (default: standard)"
+    )
     group.addoption(
         "--rank-timeout", type=float, default=60.0, metavar="SECONDS", help="when a rank counts as hung (default: 60)"
     )
-    group.addoption("--results", default="results", metavar="DIR", help="where records and failures go (default: results)")
+    group.addoption(
+        "--results", default="results", metavar="DIR", help="where records and failures go (default: results)"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -171,8 +179,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    report: Any = yield
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
     suite = session_of(item.config)
     if call.when == "call":
         broken = list(_broken_rules(call.excinfo.value)) if call.excinfo else []
@@ -247,6 +257,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def pytest_unconfigure(config: pytest.Config) -> None:
     if _SESSION in config.stash:
         session_of(config).close()
-
-
-__all__ = ["PROFILES", "RanksUnavailable", "session_of"]

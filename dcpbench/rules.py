@@ -34,7 +34,7 @@ class Rule:
         family: a key of :data:`FAMILIES`.
         sentence: what the backend must do.
         source: the document that says so.
-        mutant: the wrong backend in ``tests/mutants.py`` that the rule catches.
+        mutant: the wrong backend in ``tests/mutants`` that the rule catches.
     """
 
     code: str
@@ -233,8 +233,8 @@ def as_markdown() -> str:
     lines = [
         "# The rules",
         "",
-        "What a distributed checkpoint backend must do. Each rule has a wrong backend in `tests/mutants.py` that breaks",
-        "it, and a test that shows that the rule catches it. Made from `dcpbench/rules.py` by `dcpbench rules --markdown`.",
+        "What a distributed checkpoint backend must do. Each rule has a wrong backend in `tests/mutants` that breaks",
+        "it, and a test shows that the rule catches it. Made from `dcpbench/rules.py` by `dcpbench rules --markdown`.",
     ]
     for family, sentence in FAMILIES.items():
         lines += ["", f"## {family.capitalize()}", "", sentence]

@@ -76,7 +76,7 @@ class SuiteSession:
     _last: _Run | None = None
     _hung: dict[tuple[str, str, str], _Run] = field(default_factory=dict)
 
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
         """Hypothesis prints the arguments of a failing test; the books of the run do not belong there."""
         printer.text(f"<{self.settings.world_size} ranks>")
 

@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def leave(rank, world_size, how, ranks):
     """Ranks in ``ranks`` leave as ``how`` says; the others wait for them in a barrier."""
     import torch.distributed as dist
 
-    print(f"rank {rank} was here")
+    sys.stdout.write(f"rank {rank} was here\n")
     if rank in ranks:
         _LEAVE[how]()
     dist.barrier()
@@ -54,8 +55,7 @@ def print_much(rank, world_size, num_mib, how=None):
     line = "x" * 1023 + "\n"
     for _ in range(num_mib * 1024):
         sys.stdout.write(line)
-    print("the last line")
-    sys.stdout.flush()
+    sys.stdout.write("the last line\n")
     if how:
         _LEAVE[how]()
 
@@ -64,7 +64,7 @@ def resources(rank, world_size):
     world(rank, world_size)
     status = Path("/proc/self/status").read_text()
     resident_kib = int(status.split("VmRSS:")[1].split()[0])
-    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), resident_kib, os.getpid()
+    return len([*Path("/proc/self/fd").iterdir()]), len([*Path("/proc/self/task").iterdir()]), resident_kib, os.getpid()
 
 
 def break_connect(rank, world_size):
@@ -130,9 +130,13 @@ _LEAVE = {
     "interrupt": lambda: _raise(KeyboardInterrupt()),
 }
 
-_VALUES = {"lambda": lambda: (lambda: None), "unloadable": Unloadable}
+_VALUES = {"lambda": lambda: lambda: None, "unloadable": Unloadable}
 
 
 def hang_on_one(rank, world_size):
     if rank == 1:
         time.sleep(600)
+
+
+def temporary_folder(rank, world_size):
+    return tempfile.gettempdir()

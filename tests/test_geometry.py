@@ -34,7 +34,9 @@ def torch_shard(shape, layout: Layout, leaf: LeafLayout, rank: int) -> torch.Ten
         return None
     for at, size, cut in zip(coordinate, layout.mesh.sizes, leaf.placements, strict=True):
         if cut.dim is not None:
-            placement = Shard(cut.dim) if cut.split_factor == 1 else _StridedShard(cut.dim, split_factor=cut.split_factor)
+            placement = (
+                Shard(cut.dim) if cut.split_factor == 1 else _StridedShard(cut.dim, split_factor=cut.split_factor)
+            )
             tensor = placement._split_tensor(tensor, size, with_padding=False)[0][at]
     return tensor
 

@@ -144,7 +144,7 @@ def test_zeros_other_versions_and_the_destination_itself_are_told_apart():
     assert rules_of(judge(case, damaged(case, 0, data=untouched))) == ["R107"]
     several = replace(case, steps=(Step("save", 0), Step("load", 1), Step("save", 0, "other", 1)))
     other = several.expected_bytes(0, 1, region).tobytes()
-    run = [seen for seen in damaged(case, 0, data=other)]
+    run = damaged(case, 0, data=other)
     assert "R106" in [finding.rule for finding in judge(several, run).findings]
 
 
@@ -174,7 +174,9 @@ def test_damage_to_a_tensor(changes, rule):
 )
 def test_damage_to_a_value(encoded, present, rule):
     run = [
-        replace(seen, objects=(ObjectObservation("step", encoded, present),)) if seen.objects and seen.rank == 1 else seen
+        replace(seen, objects=(ObjectObservation("step", encoded, present),))
+        if seen.objects and seen.rank == 1
+        else seen
         for seen in perfect(example())
     ]
     assert rules_of(judge(example(), run)) == [rule]

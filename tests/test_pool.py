@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import rank_targets
 
+from dcpbench.case import Case, Layout, LeafLayout, Mesh, Part, Placement, Step, TensorLeaf
 from dcpbench.errors import RanksUnavailable, UsageError
 from dcpbench.messages import Call
 from dcpbench.ranks.pool import RankPool
@@ -98,16 +99,60 @@ class TestSteps:
 
     def test_resources_stay_level(self, pool):
         before = call(pool, "resources", 2)
-        ours = len(os.listdir("/proc/self/fd"))
+        ours = _num_fds()
         for _ in range(200):
             after = call(pool, "resources", 2)
-        assert len(os.listdir("/proc/self/fd")) == ours
+        assert _num_fds() == ours
         for first, last in zip(before, after, strict=True):
             num_fds, num_threads, resident_kib, pid = (b - a for a, b in zip(first.value, last.value, strict=True))
             assert pid == 0
             assert num_fds < 40  # groups on their way out hold theirs for some milliseconds
             assert num_threads < 40
             assert resident_kib < 32 * 1024
+
+
+def _num_fds():
+    return len([*Path("/proc/self/fd").iterdir()])
+
+
+def round_trip(world_size):
+    tensor = TensorLeaf((Part("key", "weight"),), (5, 3))
+    layouts = tuple(
+        Layout(size, Mesh(("dp",), (size,), tuple(range(size))), (LeafLayout((Placement(0),)),))
+        for size in (world_size, 2)
+    )
+    return Case("pool", 7, (tensor,), (), layouts, (Step("save", 0), Step("load", 1)))
+
+
+class TestCases:
+    def test_steps_run_on_their_own_world_sizes(self, pool):
+        seen = pool.run(round_trip(3), "torch")
+        assert [(o.step, o.rank, o.outcome) for o in seen] == [
+            *((0, rank, "ok") for rank in range(3)),
+            *((1, rank, "ok") for rank in range(2)),
+        ]
+
+    def test_the_folder_of_a_case_goes_with_it(self, pool):
+        pool.run(round_trip(2), "torch")
+        (folder,) = {o.value for o in call(pool, "temporary_folder", 1)}
+        assert not list(Path(folder).glob("case-*"))
+
+    def test_first_failed_step_is_the_last(self, pool):
+        seen = pool.run(round_trip(2), "rank_backends:no_such_backend")
+        assert [(o.step, o.outcome) for o in seen] == [(0, "raised")] * 2
+
+    def test_other_backend_loads(self, pool):
+        seen = pool.run(round_trip(2), "torch", load_backend="rank_backends:no_such_backend")
+        assert [(o.step, o.outcome) for o in seen] == [(0, "ok")] * 2 + [(1, "raised")] * 2
+
+    def test_death_after_a_step_belongs_to_the_case(self, pool):
+        seen = pool.run(round_trip(2), "rank_backends:crashes_later")
+        assert [o.outcome for o in seen[:2]] == ["ok", "ok"]
+        assert (seen[3].step, seen[3].outcome, seen[3].error.type) == (1, "died", "exit code 3")
+
+    def test_more_ranks_than_there_are(self, pool):
+        with pytest.raises(UsageError, match=r"Give --world-size=5 or more\."):
+            pool.run(round_trip(5), "torch")
 
 
 class TestRanksThatRaise:
@@ -155,7 +200,8 @@ class TestRanksThatRaise:
 
 class TestRanksThatDie:
     @pytest.mark.parametrize(
-        ("how", "kind"), [("kill", "SIGKILL"), ("exit 3", "exit code 3"), ("exit 0", "exit code 0"), ("segfault", "SIGSEGV")]
+        ("how", "kind"),
+        [("kill", "SIGKILL"), ("exit 3", "exit code 3"), ("exit 0", "exit code 0"), ("segfault", "SIGSEGV")],
     )
     @pytest.mark.parametrize("leavers", [[1], [0, 1, 2, 3]], ids=["one", "all"])
     def test_death(self, pool, how, kind, leavers):
@@ -248,6 +294,8 @@ class TestLauncher:
             # The launcher leads the session of all that carry the mark.
             (launcher,) = [pid for pid in marked(mark) if os.getsid(pid) == pid]
             family = marked(mark)
+            semaphores = {path for pid in family for path in _semaphores(pid)}
+            assert semaphores
             if when == "busy":
                 killer = threading.Thread(target=_kill_when_busy, args=(launcher, tmp_path))
                 killer.start()
@@ -258,6 +306,7 @@ class TestLauncher:
                 until(lambda: not set(marked(mark)) & set(family) - {launcher})
             assert outcomes(call(pool, "world", 2)) == ["ok", "ok"]
             assert not set(marked(mark)) & set(family)
+            assert not [path for path in semaphores if path.exists()]
         assert not marked(mark)
 
 

@@ -11,8 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import LoadPlanner, Metadata, SavePlanner, StorageReader, StorageWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 __all__ = ["Backend", "Engine", "EngineBackend", "PlannerBackend", "Session", "StorageBackend"]
 
@@ -55,7 +59,7 @@ class Engine:
     load: Callable[..., Any]
 
 
-TORCH_ENGINE = Engine(dcp.save, dcp.load)
+TORCH_ENGINE = Engine(save, load)
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,8 @@ def PlannerBackend(  # noqa: N802  a constructor in all but name: it reads as th
     """Returns a backend that brings planners and uses DCP's engine and filesystem storage."""
     return StorageBackend(
         name,
-        writer=dcp.FileSystemWriter,
-        reader=dcp.FileSystemReader,
+        writer=FileSystemWriter,
+        reader=FileSystemReader,
         save_planner=save_planner,
         load_planner=load_planner,
     )
@@ -109,7 +113,7 @@ class EngineBackend:
     load: Callable[[StateDict, str], Any]
     read_metadata: Callable[[str], Metadata] | None = None
 
-    def open(self, *, reuse: bool) -> Session:
+    def open(self, *, reuse: bool) -> Session:  # noqa: ARG002  there are no objects that could be kept
         return _EngineSession(self)
 
 
@@ -124,17 +128,13 @@ class _StorageSession:
         if self._writer is None or not self._reuse:
             self._writer = self._backend.writer(checkpoint_id)
         planner = self._backend.save_planner() if self._backend.save_planner else None
-        self._backend.engine.save(
-            state_dict, checkpoint_id=checkpoint_id, storage_writer=self._writer, planner=planner
-        )
+        self._backend.engine.save(state_dict, checkpoint_id=checkpoint_id, storage_writer=self._writer, planner=planner)
 
     def load(self, state_dict: StateDict, checkpoint_id: str) -> None:
         if self._reader is None or not self._reuse:
             self._reader = self._backend.reader(checkpoint_id)
         planner = self._backend.load_planner() if self._backend.load_planner else None
-        self._backend.engine.load(
-            state_dict, checkpoint_id=checkpoint_id, storage_reader=self._reader, planner=planner
-        )
+        self._backend.engine.load(state_dict, checkpoint_id=checkpoint_id, storage_reader=self._reader, planner=planner)
 
     def metadata(self, checkpoint_id: str) -> Metadata | None:
         return self._backend.reader(checkpoint_id).read_metadata()

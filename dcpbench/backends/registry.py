@@ -67,7 +67,7 @@ def resolve(specification: str) -> Backend:
     return found
 
 
-def describe(rank: int, world_size: int, specification: str) -> dict[str, Any]:
+def describe(_rank: int, _world_size: int, specification: str) -> dict[str, Any]:
     """Runs on a rank: returns the backend's name, or why it cannot be used, under ``name`` or ``problem``."""
     import torch
 

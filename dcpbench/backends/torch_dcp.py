@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
 from dcpbench.backends.protocol import StorageBackend
 
 __all__ = ["BACKEND"]
 
-BACKEND = StorageBackend("torch", writer=dcp.FileSystemWriter, reader=dcp.FileSystemReader)
+BACKEND = StorageBackend("torch", writer=FileSystemWriter, reader=FileSystemReader)

@@ -31,7 +31,7 @@ _ROUNDS = 5
 
 
 def small_case(world_size: int) -> Case:
-    """Returns a round trip of a small state: eight tensors of 4 KiB and less, and an object, on ``world_size`` ranks."""
+    """Returns a round trip of a small state on ``world_size`` ranks: eight tensors of 4 KiB and an object."""
     tensors = tuple(TensorLeaf((Part("key", "model"), Part("key", f"w{i}")), (31, 32)) for i in range(8))
     layout = Layout(
         world_size,
@@ -42,33 +42,36 @@ def small_case(world_size: int) -> Case:
     return Case("harness", 1, tensors, (step,), (layout,), (Step("save", 0), Step("load", 0)))
 
 
-def bare_loop(rank: int, world_size: int, *, case: Case, root: str, trips: int) -> float:
+def bare_loop(rank: int, _world_size: int, *, case: Case, root: str, trips: int) -> float:
     """Runs on ranks: the checkpoint calls of ``trips`` round trips and nothing else; returns the seconds it took."""
     import torch.distributed as dist
-    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_loader import load
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     from dcpbench.ranks.materialize import build
 
-    source = build(case, case.steps[0], rank, "cpu").state_dict
-    destination = build(case, case.steps[1], rank, "cpu").state_dict
+    source = build(case, 0, rank, "cpu").state_dict
+    destination = build(case, 1, rank, "cpu").state_dict
     dist.barrier()
     start = time.perf_counter()
     for trip in range(trips):
         path = f"{root}/{trip}"
-        dcp.save(source, checkpoint_id=path, storage_writer=dcp.FileSystemWriter(path))
-        dcp.load(destination, checkpoint_id=path, storage_reader=dcp.FileSystemReader(path))
+        save(source, checkpoint_id=path, storage_writer=FileSystemWriter(path))
+        load(destination, checkpoint_id=path, storage_reader=FileSystemReader(path))
     dist.barrier()
     return time.perf_counter() - start
 
 
-def one_step(rank: int, world_size: int, *, case: Case, number: int, root: str) -> None:
+def one_step(rank: int, _world_size: int, *, case: Case, number: int, root: str) -> None:
     """Runs one step of ``case`` bare: what a script under ``torchrun`` does."""
-    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_loader import load
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     from dcpbench.ranks.materialize import build
 
-    state_dict = build(case, case.steps[number], rank, "cpu").state_dict
-    (dcp.save if case.steps[number].action == "save" else dcp.load)(state_dict, checkpoint_id=f"{root}/ckpt")
+    state_dict = build(case, number, rank, "cpu").state_dict
+    (save if case.steps[number].action == "save" else load)(state_dict, checkpoint_id=f"{root}/ckpt")
 
 
 _SCRIPT = """
@@ -115,7 +118,13 @@ def measure(world_size: int, trips: int) -> int:
     rate = statistics.median(rates)
     rows = [
         ("pool over bare loop", statistics.median(ratios), f"{MAX_POOL_OVER_BARE} or less", max, MAX_POOL_OVER_BARE),
-        ("torchrun per step over pool", torchrun_s * rate, f"{MIN_TORCHRUN_OVER_POOL:g} or more", min, MIN_TORCHRUN_OVER_POOL),
+        (
+            "torchrun per step over pool",
+            torchrun_s * rate,
+            f"{MIN_TORCHRUN_OVER_POOL:g} or more",
+            min,
+            MIN_TORCHRUN_OVER_POOL,
+        ),
         ("round trips per second", rate, f"{MIN_TRIPS_PER_S:g} or more", min, MIN_TRIPS_PER_S),
         ("pytest to first verdict, s", first_s, f"{MAX_FIRST_VERDICT_S:g} or less", max, MAX_FIRST_VERDICT_S),
     ]
@@ -124,7 +133,8 @@ def measure(world_size: int, trips: int) -> int:
 
 
 def _print_table(world_size: int, rows: list[tuple[str, float, str, Any, float]], ratios: list[float]) -> int:
-    print(f"harness at {world_size} ranks; {_ROUNDS} rounds in turns, pool over bare loop {min(ratios):.2f} to {max(ratios):.2f}")
+    spread = f"pool over bare loop {min(ratios):.2f} to {max(ratios):.2f}"
+    print(f"harness at {world_size} ranks; {_ROUNDS} rounds in turns, {spread}")
     missed = 0
     for name, value, goal, worst, limit in rows:
         is_met = worst(value, limit) == limit
@@ -166,7 +176,17 @@ def _torchrun(world_size: int, number: int, root: str) -> float:
 def _first_verdict(world_size: int) -> float:
     """Returns the seconds from the start of pytest to its first verdict, as its summary says."""
     with tempfile.TemporaryDirectory(prefix="dcpbench-") as results:
-        command = [sys.executable, "-m", "pytest", "suites", "-q", "-k", "round_trip and torch", "-p", "no:cacheprovider"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "suites",
+            "-q",
+            "-k",
+            "round_trip and torch",
+            "-p",
+            "no:cacheprovider",
+        ]
         done = subprocess.run(
             [*command, f"--world-size={world_size}", "--profile=quick", "--backend=torch", f"--results={results}"],
             capture_output=True,

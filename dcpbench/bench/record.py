@@ -62,7 +62,9 @@ def records_of(case: Case, observations: Sequence[Observation], context: RunCont
     """Returns a record per load of ``case`` that ended well on all ranks, as its save did."""
     records = []
     for number, step in enumerate(case.steps):
-        saves = [n for n in range(number) if case.steps[n].action == "save" and case.steps[n].checkpoint == step.checkpoint]
+        saves = [
+            n for n in range(number) if case.steps[n].action == "save" and case.steps[n].checkpoint == step.checkpoint
+        ]
         if step.action != "load" or not saves:
             continue
         saved = [seen for seen in observations if seen.step == saves[-1]]

@@ -39,7 +39,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         def heads(y: Tensor) -> Tensor:
-            return y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            batch, time, width = y.shape
+            return y.view(batch, time, self.num_heads, width // self.num_heads).transpose(1, 2)
 
         query, key, value = _rotate(heads(self.wq(x))), _rotate(heads(self.wk(x))), heads(self.wv(x))
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)

@@ -46,7 +46,7 @@ class AppState(Stateful):
 
 
 def train_and_save(
-    rank: int, world_size: int, *, backend: str, checkpoint: str, steps_before: int, steps_after: int
+    rank: int, _world_size: int, *, backend: str, checkpoint: str, steps_before: int, steps_after: int
 ) -> dict[str, Any]:
     """Trains, saves, and trains on: the uninterrupted run.
 
@@ -61,7 +61,7 @@ def train_and_save(
     return {"digests": digests, "losses": [_train(state, steps_before + n, rank) for n in range(steps_after)]}
 
 
-def resume(rank: int, world_size: int, *, backend: str, checkpoint: str, steps_after: int) -> dict[str, Any]:
+def resume(rank: int, _world_size: int, *, backend: str, checkpoint: str, steps_after: int) -> dict[str, Any]:
     """Builds the model anew from another seed, loads, and trains on for ``steps_after`` steps.
 
     Returns:
@@ -93,9 +93,9 @@ def _train(state: AppState, step: int, rank: int) -> str:
     logits = state.model(tokens[:, :-1])
     loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     state.optimizer.zero_grad()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     state.optimizer.step()
-    return loss.item().hex()
+    return float(loss.item()).hex()
 
 
 def _digests(state: AppState) -> dict[str, str]:

@@ -30,7 +30,9 @@ def findings(case: Case, seen: Observation) -> Iterator[Finding]:
                 found.encoded == codec.encode(leaf.value(s.version)) for s in case.steps if s.action == "save"
             )
             rule = "R402" if stale else "R401"
-            headline = f"{where} was not replaced by load" if stale else f"{where} differs after load, at {place or 'its top'}"
+            headline = (
+                f"{where} was not replaced by load" if stale else f"{where} differs after load, at {place or 'its top'}"
+            )
         yield Finding(
             rule,
             headline,

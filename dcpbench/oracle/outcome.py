@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from dcpbench.case import Case
@@ -10,6 +11,8 @@ from dcpbench.oracle.setting import setting
 from dcpbench.oracle.verdict import Finding
 
 __all__ = ["error_line", "findings"]
+
+_CAUSE = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b.*")
 
 
 def findings(case: Case, number: int, seen: Sequence[Observation]) -> Iterator[Finding]:
@@ -27,7 +30,7 @@ def findings(case: Case, number: int, seen: Sequence[Observation]) -> Iterator[F
     if raised and returned:
         yield _split(case, raised[0], returned, seen)
     elif step.misuse == "none" and raised:
-        yield _refused(case, _first_cause(raised), seen)
+        yield _refused(case, _first_cause(raised))
     elif step.misuse != "none" and returned:
         yield _accepted(case, returned[0])
     elif step.misuse in ("unknown-key", "other-size"):
@@ -35,13 +38,15 @@ def findings(case: Case, number: int, seen: Sequence[Observation]) -> Iterator[F
 
 
 def error_line(seen: Observation) -> str:
-    """Returns type and last line of text of what a rank raised, in at most 300 characters."""
+    """Returns the type and the telling line of what a rank raised, in at most 300 characters."""
     if seen.error is None:
         return "no error was reported"
-    lines = [line.strip() for line in seen.error.text.strip().splitlines() if line.strip()] or [""]
+    lines = [line.strip() for line in seen.error.text.split("\n") if line.strip()] or [""]
     kind = seen.error.type.rsplit(".", 1)[-1]
-    text = lines[-1] if kind == "CheckpointException" else lines[0]
-    return f"{kind}: {text}"[:300]
+    if kind != "CheckpointException":
+        return f"{kind}: {lines[0]}"[:300]
+    causes = [line for line in lines if _CAUSE.match(line)]  # it quotes the tracebacks of the ranks that failed
+    return f"{kind}: {(causes or lines)[-1]}"[:300]
 
 
 def _where(one: Observation) -> str:
@@ -57,7 +62,8 @@ def _first_cause(raised: Sequence[Observation]) -> Observation:
 def _others(one: Observation, seen: Sequence[Observation]) -> str:
     others = {other.outcome for other in seen if other.rank != one.rank}
     counts = [
-        f"{sum(o.outcome == kind for o in seen if o.rank != one.rank)} {kind}" for kind in ("ok", "raised", "died", "hung")
+        f"{sum(o.outcome == kind for o in seen if o.rank != one.rank)} {kind}"
+        for kind in ("ok", "raised", "died", "hung")
         if kind in others
     ]
     return "other ranks: " + ", ".join(counts) if counts else "no other ranks"
@@ -108,7 +114,7 @@ def _split(case: Case, raised: Observation, returned: Sequence[Observation], see
         f"{_where(raised)} raised in {raised.action}, but rank {returned[0].rank} returned as if all were well",
         (
             ("expected", "all ranks raise, or none"),
-            ("got", f"raised on {[o.rank for o in seen if o.outcome == 'raised']}, returned on {[o.rank for o in returned]}"),
+            ("got", f"raised on {_ranks(seen, 'raised')}, returned on {_ranks(seen, 'ok')}"),
             *setting(case, raised.step),
             ("because", error_line(raised)),
         ),
@@ -117,7 +123,11 @@ def _split(case: Case, raised: Observation, returned: Sequence[Observation], see
     )
 
 
-def _refused(case: Case, one: Observation, seen: Sequence[Observation]) -> Finding:
+def _ranks(seen: Sequence[Observation], outcome: str) -> list[int]:
+    return [one.rank for one in seen if one.outcome == outcome]
+
+
+def _refused(case: Case, one: Observation) -> Finding:
     return Finding(
         "R501",
         f"{one.action} of a valid state dict raised on all {one.world_size} ranks",

@@ -11,6 +11,8 @@ def setting(case: Case, number: int, leaf: int | None = None) -> tuple[tuple[str
     """Returns the lines ``saved on`` and ``loaded on`` for a finding at step ``number``.
 
     Args:
+        case: what was run.
+        number: of the step.
         leaf: the tensor leaf concerned; None where the finding is about the whole step.
     """
     step = case.steps[number]

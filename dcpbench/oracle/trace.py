@@ -16,9 +16,11 @@ from dcpbench.content import DTYPES, Bytes, overwritten
 from dcpbench.geometry import Region, full_region
 from dcpbench.messages import ChunkTable
 
-__all__ = ["Origin", "chunk_note", "origin_of"]
+__all__ = ["Mismatch", "Origin", "chunk_note", "origin_of"]
 
 _WINDOW = 16
+_TELLING_BITS = 16
+"""Fewer wrong bits than these may be what they are by chance."""
 _MAX_SEARCHED_BYTES = 1 << 24
 
 
@@ -37,27 +39,44 @@ class Origin:
     index: tuple[int, ...] | None = None
 
 
-def origin_of(
-    case: Case, number: int, version: int, region: Region, got: Bytes, wrong: npt.NDArray[np.intp]
-) -> Origin:
-    """Returns where the first wrong run of elements of tensor ``number`` comes from.
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """A tensor leaf on one rank whose bytes are not what they must be.
 
-    Args:
-        got: what was found, ``[numel, element size]``.
-        wrong: positions of the elements that differ, ascending.
+    Attributes:
+        version: the content version that belongs there.
+        want, got: bytes ``[numel, element size]``.
+        wrong: positions of the elements that differ, ascending; at least one.
     """
+
+    case: Case
+    number: int
+    version: int
+    region: Region
+    want: Bytes
+    got: Bytes
+    wrong: npt.NDArray[np.intp]
+
+
+def origin_of(mismatch: Mismatch) -> Origin:
+    """Returns where the first wrong run of elements comes from."""
+    case, number, version, region = mismatch.case, mismatch.number, mismatch.version, mismatch.region
+    want, got, wrong = mismatch.want, mismatch.got, mismatch.wrong
     leaf = case.tensors[number]
-    want = case.expected_bytes(number, version, region)
-    is_certain = leaf.dtype != "bool" or len(wrong) == len(want)  # a wrong bool can only be the other one
-    if is_certain and np.array_equal(got[wrong], overwritten(want, leaf.dtype)[wrong]):
+    bits = len(wrong) if leaf.dtype == "bool" else len(wrong) * DTYPES[leaf.dtype] * 8
+    # a wrong bool can only be the other one: a whole tensor of them says that it was never written, a few say nothing
+    may_be_untouched = leaf.dtype != "bool" or (len(wrong) == len(want) and bits >= _TELLING_BITS)
+    if may_be_untouched and np.array_equal(got[wrong], overwritten(want, leaf.dtype)[wrong]):
         return Origin("R107", "what the destination held before the load")
     versions = {s.version for s in case.steps if s.action == "save"} - {version}
-    for other in sorted(versions):
+    for other in sorted(versions) if bits >= _TELLING_BITS else ():
         if np.array_equal(got[wrong], case.expected_bytes(number, other, region)[wrong]):
             return Origin("R106", f"what belongs there in version {other} of the state dict, not {version}")
     if not got[wrong].any():
         return Origin("R101", "zeros")
-    return _misplaced(case, number, version, region, _first_run(got, wrong, region))
+    if bits < _TELLING_BITS:
+        return Origin("R101", "too few bits to say where they belong")
+    return _misplaced(mismatch, _first_run(got, wrong, region))
 
 
 def _first_run(got: Bytes, wrong: npt.NDArray[np.intp], region: Region) -> bytes:
@@ -70,7 +89,8 @@ def _first_run(got: Bytes, wrong: npt.NDArray[np.intp], region: Region) -> bytes
     return got[int(wrong[0]) : int(wrong[0]) + length].tobytes()
 
 
-def _misplaced(case: Case, number: int, version: int, region: Region, run: bytes) -> Origin:
+def _misplaced(mismatch: Mismatch, run: bytes) -> Origin:
+    case, number, version = mismatch.case, mismatch.number, mismatch.version
     size = DTYPES[case.tensors[number].dtype]
     unclear = Origin("R101", "which belongs nowhere in this case")
     order = [number, *(other for other in range(len(case.tensors)) if other != number)]

@@ -3,18 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
-from dcpbench.case import Case
+from dcpbench.case import Case, TensorLeaf
 from dcpbench.content import DTYPES, Bytes
 from dcpbench.geometry import Region
 from dcpbench.messages import Observation, TensorObservation
 from dcpbench.oracle.setting import setting
-from dcpbench.oracle.trace import Origin, chunk_note, origin_of
+from dcpbench.oracle.trace import Mismatch, chunk_note, origin_of
 from dcpbench.oracle.verdict import Finding
 
 __all__ = ["added_keys", "findings"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """One tensor leaf on one rank after a load; ``saved`` is the coordinator's observation of its save, if any."""
+
+    case: Case
+    number: int
+    seen: Observation
+    saved: Observation | None
+
+    @property
+    def leaf(self) -> TensorLeaf:
+        return self.case.tensors[self.number]
+
+    @property
+    def found(self) -> TensorObservation:
+        return self.seen.tensors[self.number]
+
+    def finding(self, rule: str, what: str, *facts: tuple[str, str], because: str = "") -> Finding:
+        reason = (("because", because),) if because else ()
+        return Finding(
+            rule,
+            f"{self.leaf.fqn!r} {what} on rank {self.seen.rank} of {self.seen.world_size}",
+            (*facts, *setting(self.case, self.seen.step, self.number), *reason),
+            fqn=self.leaf.fqn,
+            rank=self.seen.rank,
+            step=self.seen.step,
+        )
+
+    def wrong(self, rule: str, what: str, expected: str, got: str) -> Finding:
+        return self.finding(rule, what, ("expected", expected), ("got", got))
 
 
 def findings(case: Case, seen: Observation, saved: Observation | None) -> Iterator[Finding]:
@@ -26,76 +59,35 @@ def findings(case: Case, seen: Observation, saved: Observation | None) -> Iterat
         saved: the coordinator's observation of the save, whose chunk tables help to say why; None if there is none.
     """
     layout = case.layouts[case.steps[seen.step].layout]
-    for number, (leaf, found) in enumerate(zip(case.tensors, seen.tensors, strict=True)):
+    for number, leaf in enumerate(case.tensors):
+        loaded = _Loaded(case, number, seen, saved)
         region = layout.region(number, leaf.shape, seen.rank)
         if region is not None:
-            yield from _tensor(case, number, region, found, seen, saved)
-        elif not found.same_tensor:
-            yield _finding(case, "R201", number, seen, "was replaced by another tensor", ())
+            yield from _tensor(loaded, region)
+        elif not loaded.found.same_tensor:
+            yield loaded.wrong("R201", "was replaced by another tensor", "the tensor that was given", "another object")
 
 
-def _finding(
-    case: Case, rule: str, number: int, seen: Observation, what: str, facts: tuple[tuple[str, str], ...], because: str = ""
-) -> Finding:
-    fqn = case.tensors[number].fqn
-    reason = (("because", because),) if because else ()
-    return Finding(
-        rule,
-        f"{fqn!r} {what} on rank {seen.rank} of {seen.world_size}",
-        (*facts, *setting(case, seen.step, number), *reason),
-        fqn=fqn,
-        rank=seen.rank,
-        step=seen.step,
-    )
-
-
-def _tensor(
-    case: Case, number: int, region: Region, found: TensorObservation, seen: Observation, saved: Observation | None
-) -> Iterator[Finding]:
-    leaf = case.tensors[number]
-
-    def wrong(rule: str, what: str, expected: str, got: str) -> Finding:
-        return _finding(case, rule, number, seen, what, (("expected", expected), ("got", got)))
-
+def _tensor(loaded: _Loaded, region: Region) -> Iterator[Finding]:
+    leaf, found = loaded.leaf, loaded.found
     if found.shape is None:
         got = f"a {found.dtype}" if found.dtype else "no such key"
-        yield wrong("R104", "is no longer a tensor after load", "a tensor", got)
+        yield loaded.wrong("R104", "is no longer a tensor after load", "a tensor", got)
         return
     if not found.same_tensor:
-        yield wrong("R201", "was replaced by another tensor", "the tensor that was given", "another object")
+        yield loaded.wrong("R201", "was replaced by another tensor", "the tensor that was given", "another object")
     elif not found.same_storage:
-        yield wrong("R202", "was moved to other memory", "the memory that it had", "another address")
+        yield loaded.wrong("R202", "was moved to other memory", "the memory that it had", "another address")
     if not found.outside_intact:
-        yield wrong("R203", "was not all that load wrote to", "bytes beside the tensor unchanged", "some were overwritten")
+        yield loaded.wrong(
+            "R203", "was not all that load wrote to", "bytes beside it unchanged", "some were overwritten"
+        )
     if found.dtype != leaf.dtype:
-        yield wrong("R102", "changed its dtype", leaf.dtype, found.dtype)
+        yield loaded.wrong("R102", "changed its dtype", leaf.dtype, found.dtype)
     elif found.shape != region.shape:
-        yield wrong("R103", "changed its local shape", str(region.shape), str(found.shape))
+        yield loaded.wrong("R103", "changed its local shape", str(region.shape), str(found.shape))
     else:
-        yield from _bytes(case, number, region, found.data, seen, saved)
-
-
-def _bytes(
-    case: Case, number: int, region: Region, data: bytes, seen: Observation, saved: Observation | None
-) -> Iterator[Finding]:
-    leaf = case.tensors[number]
-    version = case.version_at(seen.step) or 0
-    want = case.expected_bytes(number, version, region)
-    if data == want.tobytes():
-        return
-    got = np.frombuffer(data, np.uint8).reshape(-1, DTYPES[leaf.dtype])
-    wrong = np.flatnonzero((got != want).any(axis=1))
-    first = int(wrong[0])
-    index = region.global_index([int(i) for i in np.unravel_index(first, region.shape)])
-    origin = origin_of(case, number, version, region, got, wrong)
-    facts = (
-        ("at", f"global index {index}, box {region.box_of(index)}, {leaf.dtype}"),
-        ("expected", _hex(want[first])),
-        ("got", f"{_hex(got[first])}, {origin.text}  (first of {len(wrong)} of {len(want)} elements)"),
-    )
-    yield _finding(
-        case, origin.rule, number, seen, _WHAT[origin.rule], facts, _because(number, index, origin, case, saved)
-    )
+        yield from _bytes(loaded, region)
 
 
 _WHAT = {
@@ -105,10 +97,26 @@ _WHAT = {
 }
 
 
-def _because(number: int, index: tuple[int, ...], origin: Origin, case: Case, saved: Observation | None) -> str:
-    tables = {table.fqn: table for table in (saved.tables or ())} if saved else {}
-    table = tables.get(case.tensors[number].fqn)
-    return chunk_note(table, index, origin) if table else ""
+def _bytes(loaded: _Loaded, region: Region) -> Iterator[Finding]:
+    case, leaf = loaded.case, loaded.leaf
+    version = case.version_at(loaded.seen.step) or 0
+    want = case.expected_bytes(loaded.number, version, region)
+    if loaded.found.data == want.tobytes():
+        return
+    got = np.frombuffer(loaded.found.data, np.uint8).reshape(-1, DTYPES[leaf.dtype])
+    wrong = np.flatnonzero((got != want).any(axis=1))
+    first = int(wrong[0])
+    index = region.global_index([int(i) for i in np.unravel_index(first, region.shape)])
+    origin = origin_of(Mismatch(case, loaded.number, version, region, want, got, wrong))
+    table = next((t for t in (loaded.saved.tables or ()) if t.fqn == leaf.fqn), None) if loaded.saved else None
+    yield loaded.finding(
+        origin.rule,
+        _WHAT[origin.rule],
+        ("at", f"global index {index}, box {region.box_of(index)}, {leaf.dtype}"),
+        ("expected", _hex(want[first])),
+        ("got", f"{_hex(got[first])}, {origin.text}  (first of {len(wrong)} of {len(want)} elements)"),
+        because=chunk_note(table, index, origin) if table else "",
+    )
 
 
 def _hex(element: Bytes) -> str:
@@ -120,8 +128,7 @@ def added_keys(case: Case, seen: Observation) -> Iterator[Finding]:
     """Yields the finding that a load put keys into the state dict that were not there."""
     if seen.keys is None:
         return
-    paths = [leaf.path for leaf in (*case.tensors, *case.objects)]
-    wanted = {"/".join(repr(part.value) for part in path) for path in paths}
+    wanted = {"/".join(repr(part.value) for part in leaf.path) for leaf in case.leaves}
     if extra := sorted(set(seen.keys) - wanted - _prefixes(wanted)):
         yield Finding(
             "R105",
@@ -134,5 +141,5 @@ def added_keys(case: Case, seen: Observation) -> Iterator[Finding]:
 
 
 def _prefixes(paths: set[str]) -> set[str]:
-    """Returns what stands above the given paths: a container that was replaced by a value is a lost leaf, no new key."""
+    """Returns what stands above the given paths: a container that a value replaced is a lost leaf, no new key."""
     return {path.rsplit("/", n)[0] for path in paths for n in range(1, path.count("/") + 1)}

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import Metadata
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from dcpbench import objects
@@ -38,7 +37,7 @@ class _Running:
 _running: list[_Running] = []
 
 
-def run_step(command: RunStep, rank: int, enter_phase: Callable[[str], None], device: str = "cpu") -> Observation:
+def run_step(command: RunStep, rank: int, enter_phase: Callable[[str], None], device: str) -> Observation:
     """Returns what ``rank`` saw of one step; all ranks of the step call it.
 
     Raises:
@@ -46,7 +45,7 @@ def run_step(command: RunStep, rank: int, enter_phase: Callable[[str], None], de
     """
     case, step = command.case, command.case.steps[command.step]
     enter_phase("build")
-    built = materialize.build(case, step, rank, device)
+    built = materialize.build(case, command.step, rank, device)
     enter_phase("open")
     session = _session(command)
     checkpoint_id = str(Path(command.root) / step.checkpoint)
@@ -82,7 +81,7 @@ def _after_load(case: Case, built: materialize.Built) -> dict[str, Any]:
     return {
         "tensors": tuple(_observe_tensor(held, built.state_dict) for held in built.tensors),
         "objects": tuple(_observe_object(leaf.fqn, leaf.path, built.state_dict) for leaf in case.objects),
-        "keys": tuple(key_paths(built.state_dict, [leaf.path for leaf in (*case.tensors, *case.objects)])),
+        "keys": tuple(key_paths(built.state_dict, [leaf.path for leaf in case.leaves])),
     }
 
 

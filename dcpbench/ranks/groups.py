@@ -30,6 +30,7 @@ class DefaultGroup:
         self._device = device
         self._connect_timeout = timedelta(seconds=connect_timeout_s)
         self._store: TCPStore | None = None
+        self._next_sweep = _SWEEP_EVERY
         self._ending = threading.BoundedSemaphore(_MAX_ENDING)
 
     def connect(self, command: int, world_size: int) -> None:
@@ -41,16 +42,23 @@ class DefaultGroup:
         self.disconnect()
         if self._store is None:
             self._store = self._connect_store()
-        if self._rank == 0 and command % _SWEEP_EVERY == 0:
+        if self._rank == 0 and command >= self._next_sweep:
             _sweep(self._store, command)
+            self._next_sweep = command + _SWEEP_EVERY
+        store = PrefixStore(_prefix(command), self._store)
         dist.init_process_group(
             self._pg_backend(world_size),
-            store=PrefixStore(_prefix(command), self._store),
+            store=store,
             rank=self._rank,
             world_size=world_size,
             timeout=self._connect_timeout,
         )
         distributed_c10d._set_pg_timeout(_COLLECTIVE_TIMEOUT)
+        # Gloo lets a rank go on while others still connect to each other. If it then raised at once, they would fail in
+        # their connecting, and the backend's failure would pass for the machine's.
+        if store.add("arrived", 1) == world_size:
+            store.set("all-arrived", "")
+        store.wait(["all-arrived"], self._connect_timeout)
 
     def disconnect(self) -> None:
         """Destroys the group and all others, if there are any.

@@ -48,66 +48,96 @@ class Built:
     tensors: list[BuiltTensor]
 
 
-def build(case: Case, step: Step, rank: int, device: str) -> Built:
-    """Returns the state dict of ``step`` on ``rank``: the source of a save or the destination of a load.
+def build(case: Case, number: int, rank: int, device: str) -> Built:
+    """Returns the state dict of step ``number`` on ``rank``: the source of a save or the destination of a load.
 
     All ranks of the step must call it, since a mesh is made by all ranks together.
     """
+    step = case.steps[number]
     layout = case.layouts[step.layout]
+    has_shards = any(leaf.placements is not None for leaf in layout.leaves)
+    maker = _Maker(case, number, rank, device, _mesh(layout, device) if has_shards else None)
+    tensors = [maker.tensor(index) for index in range(len(case.tensors))]
+    placed: list[tuple[tuple[Part, ...], Any]] = [(held.path, held.given) for held in tensors]
     is_source = step.action == "save"
-    misused = step.misuse != "none" and step.misused_on in (None, rank)
-    placed: list[tuple[tuple[Part, ...], Any]] = []
-    tensors = []
-    mesh = _mesh(layout, device) if any(leaf.placements is not None for leaf in layout.leaves) else None
-    for index, leaf in enumerate(case.tensors):
-        shape, path = leaf.shape, leaf.path
-        if misused and index == step.misused:
-            shape, path = _misuse(step, leaf)
-        region = layout.region(index, shape, rank)
-        local = None if region is None else _local(case, layout, index, region, step, is_source, shape == leaf.shape, device)
-        given = _distribute(local, shape, leaf, mesh, layout, index, device)
-        placed.append((path, given))
-        tensors.append(BuiltTensor(leaf, path, given, local, local.data_ptr() if local is not None else 0))
-    for held in case.objects:
-        placed.append((held.path, held.value(step.version) if is_source else NEVER_LOADED))
+    placed += [(leaf.path, leaf.value(step.version) if is_source else NEVER_LOADED) for leaf in case.objects]
     if not is_source and case.seed % 2:
         placed.reverse()  # nothing may depend on the order in which keys were put in
     return Built(_nest(placed), tensors)
 
 
-def _misuse(step: Step, leaf: TensorLeaf) -> tuple[tuple[int, ...], tuple[Part, ...]]:
-    if step.misuse == "unknown-key":
-        return leaf.shape, (*leaf.path[:-1], Part("key", f"{leaf.path[-1].value}_unknown"))
-    if step.misuse == "other-size":
-        return (leaf.shape[0] + 1, *leaf.shape[1:]), leaf.path
-    return leaf.shape, leaf.path
+@dataclass(frozen=True, slots=True)
+class _Maker:
+    """Makes the tensors of one step on one rank."""
 
+    case: Case
+    number: int
+    rank: int
+    device: str
+    mesh: DeviceMesh | None
 
-def _local(
-    case: Case, layout: Layout, index: int, region: Region, step: Step, is_source: bool, has_content: bool, device: str
-) -> torch.Tensor:
-    leaf = case.tensors[index]
-    memory = layout.leaves[index].memory
-    if is_source and leaf.expanded and region.numel:
-        row = Region((((0, 1),), *region.runs[1:]))
-        data = case.expected_bytes(index, step.version, row)
-        return _allocate(data, row.shape, leaf.dtype, memory, device, guard=False).expand(region.shape)
-    if is_source:
-        return _allocate(
-            case.expected_bytes(index, step.version, region), region.shape, leaf.dtype, memory, device, guard=False
-        )
-    version = case.version_at(case.steps.index(step)) or 0
-    if has_content:
-        data = overwritten(case.expected_bytes(index, version, region), leaf.dtype)
-    else:
-        data = np.zeros((region.numel, DTYPES[leaf.dtype]), dtype=np.uint8)
-    return _allocate(data, region.shape, leaf.dtype, memory, device, guard=True)
+    @property
+    def step(self) -> Step:
+        return self.case.steps[self.number]
+
+    @property
+    def layout(self) -> Layout:
+        return self.case.layouts[self.step.layout]
+
+    def tensor(self, index: int) -> BuiltTensor:
+        leaf = self.case.tensors[index]
+        shape, path = self._asked_for(index)
+        region = self.layout.region(index, shape, self.rank)
+        local = None if region is None else self._local(index, region, shape)
+        given = self._distribute(index, local, shape)
+        return BuiltTensor(leaf, path, given, local, local.data_ptr() if local is not None else 0)
+
+    def _asked_for(self, index: int) -> tuple[tuple[int, ...], tuple[Part, ...]]:
+        """Returns the global shape and the path of a leaf, wrong on purpose where the step says so."""
+        leaf, step = self.case.tensors[index], self.step
+        if index == step.misused and step.misused_on in (None, self.rank):
+            if step.misuse == "unknown-key":
+                return leaf.shape, (*leaf.path[:-1], Part("key", f"{leaf.path[-1].value}_unknown"))
+            if step.misuse == "other-size":
+                return (leaf.shape[0] + 1, *leaf.shape[1:]), leaf.path
+        return leaf.shape, leaf.path
+
+    def _local(self, index: int, region: Region, shape: tuple[int, ...]) -> torch.Tensor:
+        case, step, leaf = self.case, self.step, self.case.tensors[index]
+        memory = self.layout.leaves[index].memory
+        if step.action == "save":
+            if leaf.expanded and region.numel:
+                row = Region((((0, 1),), *region.runs[1:]))
+                data = case.expected_bytes(index, step.version, row)
+                return _allocate(data, row.shape, leaf.dtype, memory, self.device, guard_bytes=0).expand(region.shape)
+            data = case.expected_bytes(index, step.version, region)
+            return _allocate(data, region.shape, leaf.dtype, memory, self.device, guard_bytes=0)
+        if shape == leaf.shape:
+            version = case.version_at(self.number) or 0
+            data = overwritten(case.expected_bytes(index, version, region), leaf.dtype)
+        else:
+            data = np.zeros((region.numel, DTYPES[leaf.dtype]), dtype=np.uint8)
+        return _allocate(data, region.shape, leaf.dtype, memory, self.device, guard_bytes=GUARD_BYTES)
+
+    def _distribute(self, index: int, local: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
+        """Returns the tensor that goes into the state dict: the local one, or a DTensor around it."""
+        placements = self.layout.leaves[index].placements
+        if placements is None or self.mesh is None:
+            assert local is not None, "a plain tensor lies on every rank"
+            return local
+        dtype = cast("torch.dtype", getattr(torch, self.case.tensors[index].dtype))
+        if local is None:
+            local = torch.empty(0, dtype=dtype, device=self.device)
+        # as distribute_tensor ends; from_local would take an empty shape, that of a 0-d tensor, for none at all
+        meta = TensorMeta(torch.Size(shape), torch.empty(shape, device="meta").stride(), dtype)
+        spec = DTensorSpec(self.mesh, tuple(_placement(p) for p in placements), tensor_meta=meta)
+        return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def _allocate(
-    data: Bytes, shape: tuple[int, ...], dtype_name: str, memory: MemoryForm, device: str, *, guard: bool
+    data: Bytes, shape: tuple[int, ...], dtype_name: str, memory: MemoryForm, device: str, *, guard_bytes: int
 ) -> torch.Tensor:
-    """Returns a tensor of ``shape`` with ``data``, in a storage of its own that is a pattern wherever it is not data."""
+    """Returns a tensor of ``shape`` with ``data``, in a storage of its own that holds a pattern wherever else."""
     dtype = cast("torch.dtype", getattr(torch, dtype_name))
     size = DTYPES[dtype_name]
     steps = 2 if memory == "sliced" else 1
@@ -119,7 +149,6 @@ def _allocate(
         strides[dim] = stride * steps
         stride *= max(outer[dim], 1)
     num_elements = math.prod(outer) if memory == "sliced" else math.prod(shape)
-    guard_bytes = GUARD_BYTES if guard else 0
     raw = np.full(num_elements * size + 2 * guard_bytes, PATTERN, dtype=np.uint8)
     if dtype_name == "bool":
         raw &= 1
@@ -127,7 +156,7 @@ def _allocate(
     _view(raw, offset, shape, strides, size)[...] = data.reshape(*shape, size)
     storage = torch.from_numpy(raw).to(device).untyped_storage() if device != "cpu" else _cpu_storage(raw)
     empty = torch.empty(0, dtype=dtype, device=device)
-    return empty.set_(storage, offset, shape, tuple(strides))  # type: ignore[call-overload]
+    return empty.set_(storage, offset, shape, tuple(strides))
 
 
 def _cpu_storage(raw: Bytes) -> torch.UntypedStorage:
@@ -144,28 +173,6 @@ def _view(raw: Bytes, offset: int, shape: tuple[int, ...], strides: list[int] | 
 def _mesh(layout: Layout, device: str) -> DeviceMesh:
     ranks = torch.tensor(layout.mesh.ranks).reshape(layout.mesh.sizes)
     return DeviceMesh(device, ranks, mesh_dim_names=layout.mesh.axes)
-
-
-def _distribute(
-    local: torch.Tensor | None,
-    shape: tuple[int, ...],
-    leaf: TensorLeaf,
-    mesh: DeviceMesh | None,
-    layout: Layout,
-    index: int,
-    device: str,
-) -> torch.Tensor:
-    placements = layout.leaves[index].placements
-    if placements is None or mesh is None:
-        assert local is not None, "a plain tensor lies on every rank"
-        return local
-    if local is None:
-        local = torch.empty(0, dtype=getattr(torch, leaf.dtype), device=device)
-    # as distribute_tensor ends; from_local would take an empty shape, that of a 0-d tensor, for none at all
-    dtype = cast("torch.dtype", getattr(torch, leaf.dtype))
-    meta = TensorMeta(torch.Size(shape), torch.empty(shape, device="meta").stride(), dtype)
-    spec = DTensorSpec(mesh, tuple(_placement(p) for p in placements), tensor_meta=meta)
-    return DTensor(local, spec, requires_grad=False)
 
 
 def _placement(placement: Placement) -> TorchPlacement:
@@ -204,7 +211,7 @@ def find(state_dict: Any, path: tuple[Part, ...]) -> Any:
     for part in path:
         if not isinstance(at, list if part.kind == "index" else dict):
             raise LookupError(part.value)
-        at = at[part.value]
+        at = at[cast("Any", part.value)]
     return at
 
 
@@ -212,13 +219,13 @@ def tensor_bytes(tensor: torch.Tensor) -> bytes:
     """Returns the bytes of a local tensor, row-major; of no elements, no bytes."""
     # a clone, since contiguous() leaves odd strides along dims of size 1 as they are
     flat = tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).cpu()
-    return cast("bytes", flat.view(torch.uint8).numpy().tobytes()) if flat.numel() else b""
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
 def outside_intact(tensor: torch.Tensor) -> bool:
     """Reads as: every byte of the storage of ``tensor`` that is not an element of it is still the pattern."""
-    storage = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())  # type: ignore[call-overload]
+    storage = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
     raw = storage.cpu().numpy().copy()
     pattern = PATTERN & 1 if tensor.dtype == torch.bool else PATTERN
-    _view(raw, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.element_size())[...] = pattern
+    _view(raw, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride(), tensor.element_size())[...] = pattern
     return bool((raw == pattern).all())

@@ -52,7 +52,9 @@ def _table(suite: SuiteSession, frame: pd.DataFrame) -> pd.DataFrame:
                 "unknown": by_status.get("UNKNOWN", 0),
                 "save ms": _median(trips["save_s"], 1e3),
                 "load ms": _median(trips["load_s"], 1e3),
-                "peak MiB": "-" if trips.empty else f"{trips[['save_peak_bytes', 'load_peak_bytes']].max().max() / 2**20:.1f}",
+                "peak MiB": "-"
+                if trips.empty
+                else f"{trips[['save_peak_bytes', 'load_peak_bytes']].max().max() / 2**20:.1f}",
             }
         )
     return pd.DataFrame(rows)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
-from dcpbench.case import Case, Layout, LeafLayout, Mesh, ObjectLeaf, Options, Part, Step, TensorLeaf
+from dcpbench.case import Case, Layout, LeafLayout, Mesh, Misuse, ObjectLeaf, Options, Part, Step, TensorLeaf
 from dcpbench.strategies.layouts import layouts, world_sizes
 from dcpbench.strategies.values import dtypes, keys, shapes, values
 
@@ -33,6 +33,9 @@ class Scope:
 scope = Scope()
 """Read at each draw, since strategies are built when a suite is imported, before the options are known."""
 
+
+LARGE_SHAPES = ((257, 1031), (65_537,), (3, 300, 200))
+"""Beyond the buffers and block sizes that an implementation may have: a quarter of a million elements and less."""
 
 _seeds = st.integers(0, 2**16)
 
@@ -84,7 +87,8 @@ def contents(draw: st.DrawFn) -> tuple[tuple[TensorLeaf, ...], tuple[ObjectLeaf,
     paths = draw(leaf_paths(num_tensors + num_objects))
     tensors = []
     for path in paths[:num_tensors]:
-        shape = draw(shapes(), label="shape")
+        is_large = draw(st.sampled_from([False] * 24 + [True]), label="large")
+        shape = draw(st.sampled_from(LARGE_SHAPES) if is_large else shapes(), label="shape")
         is_expanded = bool(shape) and draw(st.sampled_from([False] * 7 + [True]), label="expanded")
         tensors.append(TensorLeaf(path, shape, draw(dtypes(), label="dtype"), is_expanded))
     return tuple(tensors), tuple(ObjectLeaf(path, draw(values(), label="value")) for path in paths[num_tensors:])
@@ -104,7 +108,10 @@ def resharding(draw: st.DrawFn) -> Case:
     tensors, objects = draw(contents())
     saved_on = draw(world_sizes(scope.max_world_size), label="saving ranks")
     loaded_on = draw(world_sizes(scope.max_world_size), label="loading ranks")
-    pair = (draw(layouts(tensors, saved_on), label="save layout"), draw(layouts(tensors, loaded_on), label="load layout"))
+    pair = (
+        draw(layouts(tensors, saved_on), label="save layout"),
+        draw(layouts(tensors, loaded_on), label="load layout"),
+    )
     return Case("reshard", draw(_seeds), tensors, objects, pair, (Step("save", 0), Step("load", 1)))
 
 
@@ -143,7 +150,7 @@ def bad_loads(draw: st.DrawFn) -> Case:
     world = draw(world_sizes(scope.max_world_size), label="ranks")
     pair = tuple(draw(layouts(tensors, world), label="layout") for _ in range(2))
     number = draw(st.integers(0, max(0, len(tensors) - 1)), label="misused leaf")
-    kinds = ["no-checkpoint"]
+    kinds: list[Misuse] = ["no-checkpoint"]
     if tensors and tensors[number].path[-1].kind == "key":
         kinds.insert(0, "unknown-key")
     if tensors and tensors[number].shape:

@@ -42,7 +42,7 @@ def meshes(world_size: int, *, any_order: bool = True) -> st.SearchStrategy[Mesh
 
 def _factorings(number: int) -> list[tuple[int, ...]]:
     """Returns the ways to write ``number`` as a product of one to three factors; the fewest and plainest first."""
-    found = [(number,)]
+    found: list[tuple[int, ...]] = [(number,)]
     for first in range(1, number + 1):
         if number % first == 0:
             rest = number // first

@@ -53,9 +53,11 @@ def values() -> st.SearchStrategy[object]:
         st.floats(),
         st.binary(max_size=8),
         st.complex_numbers(),
+        st.sampled_from([70_000, 4096]).map(bytes),
     )
     inside_tuples = st.recursive(
-        scalars, lambda inner: st.one_of(st.dictionaries(st.text(max_size=3), inner, max_size=2), st.lists(inner, max_size=3))
+        scalars,
+        lambda inner: st.one_of(st.dictionaries(st.text(max_size=3), inner, max_size=2), st.lists(inner, max_size=3)),
     )
     plain = st.recursive(
         scalars,

@@ -1,0 +1,5 @@
+"""The default planners, under torch's module name."""
+
+from .planner import DefaultLoadPlanner, DefaultSavePlanner
+
+__all__ = ["DefaultLoadPlanner", "DefaultSavePlanner"]

@@ -1,0 +1,8 @@
+"""Checkpoints in a folder, in DCP's own on-disk format; see `filesystem_writer` and `filesystem_reader`."""
+
+from torch.distributed.checkpoint.filesystem import SerializationFormat
+
+from .filesystem_reader import FileSystemReader
+from .filesystem_writer import FileSystemWriter
+
+__all__ = ["FileSystemReader", "FileSystemWriter", "SerializationFormat"]

@@ -1,0 +1,89 @@
+"""DCP's metadata: its data types (torch's own), its invariants, and its codec (see `metadata_codec`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from .boxes import find_tiling_fault, is_in_bounds
+from .metadata_codec import MetadataError, dump_metadata, load_metadata
+
+__all__ = [
+    "BytesStorageMetadata",
+    "ChunkStorageMetadata",
+    "Metadata",
+    "MetadataError",
+    "MetadataIndex",
+    "StorageMeta",
+    "TensorProperties",
+    "TensorStorageMetadata",
+    "check_metadata",
+    "dump_metadata",
+    "load_metadata",
+]
+
+_MAX_FAULTS_SHOWN = 5
+
+
+def check_metadata(metadata: Metadata, *, must_cover: bool = True, needs_storage: bool = False) -> None:
+    """Check that every tensor's chunks lie in bounds and cover each element exactly once.
+
+    Args:
+        metadata: of a whole checkpoint.
+        must_cover: False accepts gaps, as in the metadata that one rank writes for itself.
+        needs_storage: also require an entry of `storage_data` for every chunk and object.
+
+    Raises:
+        MetadataError: with every fault's tensor, chunks and indices (the first few, and how many more).
+    """
+    faults: list[str] = []
+    for fqn, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            faults += _chunk_faults(fqn, entry, must_cover)
+        if needs_storage:
+            indices = (
+                [MetadataIndex(fqn, chunk.offsets) for chunk in entry.chunks]
+                if isinstance(entry, TensorStorageMetadata)
+                else [MetadataIndex(fqn)]
+            )
+            stored = metadata.storage_data or {}
+            faults += [
+                f"{fqn!r} has no storage data for the chunk at {_spell(index.offset)}"
+                for index in indices
+                if index not in stored
+            ]
+    if faults:
+        more = len(faults) - _MAX_FAULTS_SHOWN
+        shown = "; ".join(faults[:_MAX_FAULTS_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+        raise MetadataError(f"Expected chunks that tile each tensor exactly but got: {shown}.")
+
+
+def _chunk_faults(fqn: str, entry: TensorStorageMetadata, must_cover: bool) -> list[str]:
+    size = tuple(entry.size)
+    outside = [chunk for chunk in entry.chunks if not is_in_bounds(chunk, size)]
+    if outside:
+        return [f"{fqn!r} of shape {size} has a chunk out of bounds: {_spell_chunk(chunk)}" for chunk in outside]
+    fault = find_tiling_fault(entry.chunks, size, must_cover=must_cover)
+    if fault is None:
+        return []
+    if not fault.positions:
+        return [f"{fqn!r} of shape {size}: no chunk holds the element at {fault.index}"]
+    holders = " and ".join(_spell_chunk(entry.chunks[i]) for i in fault.positions[:4])
+    return [f"{fqn!r} of shape {size}: {len(fault.positions)} chunks hold the element at {fault.index}: {holders}"]
+
+
+def _spell_chunk(chunk: ChunkStorageMetadata) -> str:
+    return f"offsets={tuple(chunk.offsets)} sizes={tuple(chunk.sizes)}"
+
+
+def _spell(offset: Sequence[int] | None) -> str:
+    return "no offset" if offset is None else f"offset {tuple(offset)}"

@@ -1,0 +1,5 @@
+"""`load`, under torch's module name."""
+
+from .engine import load
+
+__all__ = ["load"]

@@ -1,0 +1,128 @@
+import itertools
+import math
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reference.boxes import BoxIndex, find_tiling_fault, intersect, is_in_bounds
+
+
+@dataclass(frozen=True)
+class Box:
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+@st.composite
+def boxes_in(draw, size, max_count=6):
+    count = draw(st.integers(0, max_count))
+    found = []
+    for _ in range(count):
+        offsets = tuple(draw(st.integers(0, extent)) for extent in size)
+        found.append(Box(offsets, tuple(draw(st.integers(0, e - o)) for o, e in zip(offsets, size, strict=True))))
+    return found
+
+
+SIZES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
+
+
+@st.composite
+def tilings(draw):
+    """Cut a box again and again: always an exact tiling."""
+    size = draw(st.lists(st.integers(1, 6), max_size=3).map(tuple))
+    found = [Box((0,) * len(size), size)]
+    for _ in range(draw(st.integers(0, 6)) if size else 0):
+        box = found.pop(draw(st.integers(0, len(found) - 1)))
+        dim = draw(st.integers(0, len(size) - 1))
+        at = draw(st.integers(0, box.sizes[dim]))
+        left = Box(box.offsets, tuple(at if d == dim else n for d, n in enumerate(box.sizes)))
+        right = Box(
+            tuple(o + at if d == dim else o for d, o in enumerate(box.offsets)),
+            tuple(n - at if d == dim else n for d, n in enumerate(box.sizes)),
+        )
+        found += [left, right]
+    return size, draw(st.permutations(found))
+
+
+def cells(box):
+    return set(itertools.product(*(range(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))))
+
+
+@settings(deadline=None)
+@given(tilings())
+def test_a_cut_up_box_has_no_fault(tiling):
+    size, boxes = tiling
+    assert find_tiling_fault(boxes, size) is None
+    assert find_tiling_fault(boxes, size, must_cover=False) is None
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_faults_are_found_exactly_where_brute_force_finds_them(data):
+    size = data.draw(SIZES)
+    boxes = data.draw(boxes_in(size))
+    counts = dict.fromkeys(itertools.product(*map(range, size)), 0)
+    for box in boxes:
+        for cell in cells(box):
+            counts[cell] += 1
+    fault = find_tiling_fault(boxes, size)
+    if all(count == 1 for count in counts.values()):
+        assert fault is None
+    else:
+        assert fault is not None
+        assert counts[fault.index] == len(fault.positions) != 1
+        assert all(fault.index in cells(boxes[i]) for i in fault.positions)
+    overlap = find_tiling_fault(boxes, size, must_cover=False)
+    if max(counts.values(), default=0) <= 1:
+        assert overlap is None
+    else:
+        assert counts[overlap.index] >= 2
+        assert all(overlap.index in cells(boxes[i]) for i in overlap.positions)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_the_index_finds_what_comparing_all_finds(data):
+    size = data.draw(SIZES)
+    boxes = data.draw(boxes_in(size, max_count=30))
+    wanted = data.draw(boxes_in(size))
+    index = BoxIndex(boxes)
+    for query in wanted:
+        expected = {i: cells(box) & cells(query) for i, box in enumerate(boxes) if cells(box) & cells(query)}
+        found = index.overlapping(query.offsets, query.sizes)
+        assert [i for i, _, _ in found] == sorted(expected)
+        for i, offsets, sizes in found:
+            assert cells(Box(tuple(offsets), tuple(sizes))) == expected[i]
+
+
+def test_intersect_of_neighbours_is_none():
+    assert intersect((0,), (2,), (2,), (2,)) is None
+    assert intersect((), (), (), ()) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("box", "size", "expected"),
+    [
+        (Box((0,), (4,)), (4,), True),
+        (Box((4,), (0,)), (4,), True),
+        (Box((1,), (4,)), (4,), False),
+        (Box((-1,), (1,)), (4,), False),
+        (Box((0, 0), (1, 1)), (4,), False),
+        (Box((), ()), (), True),
+    ],
+)
+def test_bounds(box, size, expected):
+    assert is_in_bounds(box, size) is expected
+
+
+def test_a_large_tiling_is_checked_without_comparing_pairs():
+    side = 150
+    grid = [Box((i, j), (1, 1)) for i in range(side) for j in range(side)]
+    assert find_tiling_fault(grid, (side, side)) is None
+    fault = find_tiling_fault([box for box in grid if box.offsets != (77, 3)], (side, side))
+    assert (fault.index, fault.positions) == ((77, 3), [])
+    index = BoxIndex(grid)
+    for _ in range(5):
+        assert math.prod((side, side)) == len(index.overlapping((0, 0), (side, side)))
