@@ -35,13 +35,13 @@ __all__ = [
     "fqn_of",
 ]
 
-MemoryForm = Literal["contiguous", "transposed", "sliced"]
+MemoryForm = Literal["contiguous", "transposed", "sliced", "conjugated"]
 """How a local tensor lies in memory: in order; with the order of its strides reversed; as a view with gaps into a
-larger storage."""
+larger storage; as a lazily conjugated view, which only complex sources are (others are contiguous then)."""
 
-Misuse = Literal["none", "unknown-key", "other-size", "no-checkpoint"]
-"""What is wrong on purpose with a load: it asks for a key that was never saved, or for another global shape, or for a
-checkpoint that does not exist."""
+Misuse = Literal["none", "unknown-key", "larger", "smaller", "extra-dim", "no-checkpoint"]
+"""What is wrong on purpose with a load: it asks for a key that was never saved, or for a larger or smaller tensor than
+was saved, or for one with a further dim, or for a checkpoint that does not exist."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +78,16 @@ class TensorLeaf:
 
     Attributes:
         expanded: all rows along dim 0 hold the same; a source is made by ``expand``, with stride 0 there.
+        requires_grad: it is what a parameter is.
+        tied_to: number of an earlier leaf that is the very same tensor, under another key; None if there is none.
     """
 
     path: tuple[Part, ...]
     shape: tuple[int, ...]
     dtype: str = "float32"
     expanded: bool = False
+    requires_grad: bool = False
+    tied_to: int | None = None
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -263,8 +267,10 @@ class Step:
         layout: which of the case's layouts.
         checkpoint: name of the checkpoint, one path component.
         version: which content a save writes; a load expects that of the last save under the same name.
+        may_refuse: all ranks may refuse the step; what follows is then not judged.
+        without: numbers of leaves (:attr:`Case.leaves`) that a load does not ask for.
         misuse: what is wrong on purpose, so that all ranks must refuse the step.
-        misused: the tensor leaf that the misuse is about.
+        misused: number of the leaf that the misuse is about.
         misused_on: the one rank that asks for the wrong thing; None means all ranks do.
     """
 
@@ -272,6 +278,8 @@ class Step:
     layout: int
     checkpoint: str = "ckpt"
     version: int = 0
+    may_refuse: bool = False
+    without: tuple[int, ...] = ()
     misuse: Misuse = "none"
     misused: int = 0
     misused_on: int | None = None
@@ -309,10 +317,32 @@ class Case:
                     raise ValueError(f"expected placements within {len(tensor.shape)} dims but got {leaf}.")
         if any(not 0 <= step.layout < len(self.layouts) for step in self.steps):
             raise ValueError(f"expected steps that name one of {len(self.layouts)} layouts.")
-        if any(
-            step.misuse in ("unknown-key", "other-size") and step.misused >= len(self.tensors) for step in self.steps
-        ):
-            raise ValueError(f"expected misuse of one of {len(self.tensors)} tensors.")
+        self._check_leaf_numbers()
+
+    def _check_leaf_numbers(self) -> None:
+        num_tensors, num_leaves = len(self.tensors), len(self.leaves)
+        for step in self.steps:
+            room = {"none": 1, "no-checkpoint": 1, "unknown-key": num_leaves}.get(step.misuse, num_tensors)
+            if not 0 <= step.misused < max(1, room) or room == 0:
+                raise ValueError(f"expected misuse of one of {room} leaves but got misused={step.misused}.")
+            if any(not 0 <= number < num_leaves for number in step.without):
+                raise ValueError(f"expected a load without some of {num_leaves} leaves but got {step.without}.")
+        for number, tensor in enumerate(self.tensors):
+            if tensor.tied_to is not None and not self._may_tie(number, tensor.tied_to):
+                raise ValueError(f"expected tensor {number} to be like an earlier one, and to lie as it does.")
+
+    def _may_tie(self, number: int, earlier: int) -> bool:
+        one = self.tensors[number]
+        if not 0 <= earlier < number or self.tensors[earlier].tied_to is not None:
+            return False
+        other = self.tensors[earlier]
+        same = (one.shape, one.dtype, one.expanded, one.requires_grad) == (
+            other.shape,
+            other.dtype,
+            other.expanded,
+            other.requires_grad,
+        )
+        return same and all(layout.leaves[number] == layout.leaves[earlier] for layout in self.layouts)
 
     @property
     def leaves(self) -> tuple[TensorLeaf | ObjectLeaf, ...]:
@@ -333,6 +363,15 @@ class Case:
         saves = [s for s in self.steps[:step] if s.action == "save" and s.checkpoint == self.steps[step].checkpoint]
         return saves[-1].version if saves else None
 
+    def version_held(self, step: int) -> int:
+        """Returns the content version that a state dict must hold after ``step``: the saved or the loaded one."""
+        held = self.steps[step].version if self.steps[step].action == "save" else self.version_at(step)
+        return held or 0
+
+    def asked_for(self, step: int) -> list[int]:
+        """Returns the numbers of the leaves (:attr:`leaves`) that the state dict of ``step`` holds."""
+        return [number for number in range(len(self.leaves)) if number not in self.steps[step].without]
+
     def content_seed(self, version: int) -> int:
         """Returns the seed of :mod:`dcpbench.content` for one content version of this case."""
         return self.seed * 1_000_003 + version
@@ -340,6 +379,8 @@ class Case:
     def expected_bytes(self, leaf: int, version: int, region: Region) -> Bytes:
         """Returns the bytes ``[numel, element size]`` that ``region`` of tensor ``leaf`` has in a content version."""
         tensor = self.tensors[leaf]
+        if tensor.tied_to is not None:
+            tensor = self.tensors[tensor.tied_to]
         if tensor.expanded:
             region = Region((((0, 1),) * region.shape[0], *region.runs[1:]))
         return shard_bytes(self.content_seed(version), tensor.fqn, tensor.shape, region, tensor.dtype)

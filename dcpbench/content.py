@@ -4,8 +4,9 @@ Any rank can write and check any part of any tensor without asking another, and 
 where it belongs. Values are bit patterns, not numbers: NaN payloads, -0.0 and denormals all occur, and all must
 survive.
 
-Elements of 4 bytes and more are unique within a tensor, since the index goes through a bijection of 32 or 64 bits.
-Narrower elements cannot be unique; there a run of neighbouring elements tells where it belongs.
+One element in 16 is an extreme: all bits 0, the highest bit alone (-0.0, the least int), all bits but the highest, or
+all bits. Apart from those, elements of 4 bytes and more are unique within a tensor, since the index goes through a
+bijection of 32 or 64 bits. Narrower elements cannot be unique; there a run of neighbours tells where it belongs.
 
 Source of the two bijections: the finalisers of MurmurHash3 (32 bits) and SplitMix64 (64 bits), both public domain.
 """
@@ -101,7 +102,19 @@ def _encode(key: int, linear: _U64, dtype: str) -> Bytes:
             lanes = _mix64(position)[:, None]
     data = np.ascontiguousarray(lanes.astype("<u8")).view(np.uint8).reshape(len(linear), lanes.shape[-1] * 8)
     data = np.ascontiguousarray(data[:, :size])
-    return data & np.uint8(1) if dtype == "bool" else data
+    if dtype == "bool":
+        return data & np.uint8(1)
+    with np.errstate(over="ignore"):
+        choice = _mix64(position ^ np.uint64(0x5851F42D4C957F2D)) & np.uint64(63)
+    for number, (low, high) in enumerate(_EXTREMES):
+        is_chosen = choice == number
+        data[is_chosen, :-1] = low
+        data[is_chosen, -1] = high
+    return data
+
+
+_EXTREMES = ((0x00, 0x00), (0x00, 0x80), (0xFF, 0x7F), (0xFF, 0xFF))
+"""The extremes, each as its lower bytes and its highest byte; bytes are little-endian."""
 
 
 def _mix64(x: _U64) -> _U64:

@@ -132,10 +132,11 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class TensorObservation:
-    """A tensor leaf after a load, as one rank found it.
+    """A tensor leaf after a step, as one rank found it.
 
     Attributes:
         fqn: the leaf.
+        asked_for: the step's state dict held it; where not, the rest says nothing.
         dtype, shape: of the local tensor; ``shape`` is None where the leaf is gone or no longer a tensor.
         data: bytes of the local tensor, row-major.
         same_tensor: the state dict holds the very tensor object that was given.
@@ -150,15 +151,22 @@ class TensorObservation:
     same_tensor: bool = True
     same_storage: bool = True
     outside_intact: bool = True
+    asked_for: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectObservation:
-    """A value leaf after a load, encoded by :mod:`dcpbench.objects`; ``present`` is False where its key is gone."""
+    """A value leaf after a step, encoded by :mod:`dcpbench.objects`.
+
+    Attributes:
+        present: its key is still there.
+        asked_for: the step's state dict held it; where not, the rest says nothing.
+    """
 
     fqn: str
     encoded: Any
     present: bool = True
+    asked_for: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +187,8 @@ class Observation:
         phase: the last part of the step that the rank entered.
         error: what it raised, or for a lost or hung rank what is known of the cause.
         stacks: Python stacks of all threads of the rank, where it was stopped or others were.
-        tensors, objects: the state dict after a load.
-        keys: all leaves (dotted) of the state dict after a load, to see what was added.
+        tensors, objects: the state dict after the step: what was loaded, or what a save left of its source.
+        keys: paths of all leaves of the state dict after the step, to see what was added.
         tables: the metadata of the checkpoint after a save; None unless the rank was asked for it and could read it.
         bytes_on_storage: size of the checkpoint's files after a save; None where it is not a folder.
         value: what a called program returned.

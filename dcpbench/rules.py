@@ -13,7 +13,7 @@ __all__ = ["FAMILIES", "RULES", "Rule", "as_markdown"]
 
 FAMILIES: Final = {
     "values": "What was saved is what is loaded, bit for bit.",
-    "identity": "A load writes into the memory that it was given, and nowhere else.",
+    "identity": "A load writes into the memory that it was given, and nowhere else; a save writes to none.",
     "tiling": "The metadata describes each element of each tensor once.",
     "objects": "Values that are not tensors come back as they were.",
     "outcome": "All ranks end the same way, in time, and bad input is refused with its reason.",
@@ -125,6 +125,14 @@ _ALL = (
         "A load must not write to bytes beside the tensors of the state dict.",
         f"{_LOAD}: in-place load",
         "overrunning_reader",
+    ),
+    Rule(
+        "R204",
+        "changed-source",
+        "identity",
+        "A save must leave the state dict that it saves as it is: its tensors, values and keys.",
+        f"{_SAVE}: each rank saves its local shards",
+        "alters_sources",
     ),
     Rule(
         "R301",

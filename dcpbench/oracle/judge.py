@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from dcpbench.case import Case
 from dcpbench.messages import Observation
-from dcpbench.oracle import objects, outcome, tiling, values
+from dcpbench.oracle import objects, outcome, sources, tiling, values
 from dcpbench.oracle.verdict import Finding, Verdict
 
 __all__ = ["judge"]
@@ -33,9 +33,10 @@ def judge(case: Case, observations: Sequence[Observation]) -> Verdict:
     findings = tuple(_findings(case, observations))
     if findings:
         return Verdict("FAIL", findings)
+    refused = [seen.step for seen in observations if seen.outcome == "raised"]
     missing = [
         number
-        for number, step in enumerate(case.steps)
+        for number, step in enumerate(case.steps[: refused[0] + 1 if refused else None])
         if sum(seen.step == number for seen in observations) != case.layouts[step.layout].world_size
     ]
     if missing:
@@ -56,7 +57,9 @@ def _findings(case: Case, observations: Sequence[Observation]) -> Iterator[Findi
         if any(one.outcome != "ok" for one in seen):
             continue
         for one in seen:
-            if step.action == "load" and step.misuse == "none":
+            if step.action == "save":
+                yield from sources.findings(case, one)
+            elif step.misuse == "none":
                 yield from values.findings(case, one, tables.get(step.checkpoint))
                 yield from objects.findings(case, one)
                 yield from values.added_keys(case, one)

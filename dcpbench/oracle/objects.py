@@ -15,9 +15,11 @@ __all__ = ["findings"]
 
 
 def findings(case: Case, seen: Observation) -> Iterator[Finding]:
-    """Yields what is wrong with the values that one rank holds after a load."""
-    version = case.version_at(seen.step) or 0
+    """Yields what is wrong with the values that one rank holds after a step."""
+    version = case.version_held(seen.step)
     for leaf, found in zip(case.objects, seen.objects, strict=True):
+        if not found.asked_for:
+            continue
         want = codec.encode(leaf.value(version))
         where = f"{leaf.fqn!r} on rank {seen.rank} of {seen.world_size}"
         if not found.present:

@@ -29,11 +29,13 @@ def findings(case: Case, number: int, seen: Sequence[Observation]) -> Iterator[F
     returned = [one for one in seen if one.outcome == "ok"]
     if raised and returned:
         yield _split(case, raised[0], returned, seen)
+    elif step.may_refuse and raised:
+        return
     elif step.misuse == "none" and raised:
         yield _refused(case, _first_cause(raised))
     elif step.misuse != "none" and returned:
         yield _accepted(case, returned[0])
-    elif step.misuse in ("unknown-key", "other-size"):
+    elif step.misuse not in ("none", "no-checkpoint"):
         yield from _unnamed(case, raised)
 
 
@@ -152,10 +154,12 @@ def _accepted(case: Case, one: Observation) -> Finding:
     step = case.steps[one.step]
     wrong = {
         "unknown-key": "asks for a key that was never saved",
-        "other-size": "asks for another global shape than was saved",
+        "larger": "asks for a larger tensor than was saved",
+        "smaller": "asks for a smaller tensor than was saved",
+        "extra-dim": "asks for a tensor with more dims than was saved",
         "no-checkpoint": "names a checkpoint that does not exist",
     }[step.misuse]
-    fqn = "" if step.misuse == "no-checkpoint" else case.tensors[step.misused].fqn
+    fqn = "" if step.misuse == "no-checkpoint" else case.leaves[step.misused].fqn
     who = "each rank" if step.misused_on is None else f"rank {step.misused_on}"
     return Finding(
         "R505",
@@ -169,7 +173,7 @@ def _accepted(case: Case, one: Observation) -> Finding:
 
 def _unnamed(case: Case, raised: Sequence[Observation]) -> Iterator[Finding]:
     step = case.steps[raised[0].step]
-    fqn = case.tensors[step.misused].fqn
+    fqn = case.leaves[step.misused].fqn
     for one in raised:
         if one.error is None or not _names(one.error.text, fqn):
             yield Finding(

@@ -100,18 +100,19 @@ def _misplaced(mismatch: Mismatch, run: bytes) -> Origin:
             continue
         whole = case.expected_bytes(candidate, version, full_region(leaf.shape)).tobytes()
         at = _find_aligned(whole, run, size)
+        is_sure = at is not None and _find_aligned(whole, run, size, at + 1) is None
         if at is None:
             continue
         index = tuple(int(i) for i in np.unravel_index(at, leaf.shape)) if leaf.shape else ()
         if candidate == number:
-            likely = "" if len(run) >= 4 else "perhaps "
+            likely = "" if is_sure else "perhaps "
             return Origin("R101", f"which {likely}belongs at {index} of the same tensor", index)
         return Origin("R101", f"which belongs at {index} of {leaf.fqn!r}")
     return unclear
 
 
-def _find_aligned(whole: bytes, run: bytes, size: int) -> int | None:
-    at = whole.find(run)
+def _find_aligned(whole: bytes, run: bytes, size: int, start: int = 0) -> int | None:
+    at = whole.find(run, start * size)
     while at >= 0 and at % size:
         at = whole.find(run, at + 1)
     return at // size if at >= 0 else None

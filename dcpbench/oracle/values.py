@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dcpbench.case import Case, TensorLeaf
+from dcpbench.case import Case, ObjectLeaf, TensorLeaf
 from dcpbench.content import DTYPES, Bytes
 from dcpbench.geometry import Region
 from dcpbench.messages import Observation, TensorObservation
@@ -20,7 +20,7 @@ __all__ = ["added_keys", "findings"]
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """One tensor leaf on one rank after a load; ``saved`` is the coordinator's observation of its save, if any."""
+    """One tensor leaf on one rank after a step; ``saved`` is the coordinator's observation of its save, if any."""
 
     case: Case
     number: int
@@ -51,17 +51,19 @@ class _Loaded:
 
 
 def findings(case: Case, seen: Observation, saved: Observation | None) -> Iterator[Finding]:
-    """Yields what is wrong with the tensors of one rank after a load.
+    """Yields what is wrong with the tensors of one rank after a step.
 
     Args:
         case: what was run.
-        seen: the rank's observation of the load.
+        seen: the rank's observation of the step.
         saved: the coordinator's observation of the save, whose chunk tables help to say why; None if there is none.
     """
     layout = case.layouts[case.steps[seen.step].layout]
     for number, leaf in enumerate(case.tensors):
         loaded = _Loaded(case, number, seen, saved)
         region = layout.region(number, leaf.shape, seen.rank)
+        if not loaded.found.asked_for:
+            continue
         if region is not None:
             yield from _tensor(loaded, region)
         elif not loaded.found.same_tensor:
@@ -99,7 +101,7 @@ _WHAT = {
 
 def _bytes(loaded: _Loaded, region: Region) -> Iterator[Finding]:
     case, leaf = loaded.case, loaded.leaf
-    version = case.version_at(loaded.seen.step) or 0
+    version = case.version_held(loaded.seen.step)
     want = case.expected_bytes(loaded.number, version, region)
     if loaded.found.data == want.tobytes():
         return
@@ -128,16 +130,20 @@ def added_keys(case: Case, seen: Observation) -> Iterator[Finding]:
     """Yields the finding that a load put keys into the state dict that were not there."""
     if seen.keys is None:
         return
-    wanted = {"/".join(repr(part.value) for part in leaf.path) for leaf in case.leaves}
+    wanted = {"/".join(repr(part.value) for part in leaf.path) for leaf in _asked_for(case, seen)}
     if extra := sorted(set(seen.keys) - wanted - _prefixes(wanted)):
         yield Finding(
             "R105",
-            f"load added the key {extra[0]} on rank {seen.rank} of {seen.world_size}",
+            f"{seen.action} added the key {extra[0]} on rank {seen.rank} of {seen.world_size}",
             (("expected", f"{len(wanted)} leaves as before"), ("got", f"{len(extra)} more"), *setting(case, seen.step)),
             fqn=extra[0],
             rank=seen.rank,
             step=seen.step,
         )
+
+
+def _asked_for(case: Case, seen: Observation) -> list[TensorLeaf | ObjectLeaf]:
+    return [case.leaves[number] for number in case.asked_for(seen.step)]
 
 
 def _prefixes(paths: set[str]) -> set[str]:

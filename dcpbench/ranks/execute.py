@@ -57,11 +57,9 @@ def run_step(command: RunStep, rank: int, enter_phase: Callable[[str], None], de
         else:
             session.load(built.state_dict, checkpoint_id)
     enter_phase("observe")
-    seen: dict[str, Any] = {}
-    if step.action == "load":
-        seen = _after_load(case, built)
-    elif rank == 0:
-        seen = {"tables": _tables(session.metadata(checkpoint_id)), "bytes_on_storage": _size(Path(checkpoint_id))}
+    seen = _state(case, command.step, built)
+    if step.action == "save" and rank == 0:
+        seen |= {"tables": _tables(session.metadata(checkpoint_id)), "bytes_on_storage": _size(Path(checkpoint_id))}
     return Observation(
         rank, command.world_size, command.step, step.action, "ok", phase="observe", usage=meter.usage, **seen
     )
@@ -77,10 +75,20 @@ def _session(command: RunStep) -> Session:
     return sessions[command.backend]
 
 
-def _after_load(case: Case, built: materialize.Built) -> dict[str, Any]:
+def _state(case: Case, number: int, built: materialize.Built) -> dict[str, Any]:
+    """Returns the state dict after a step, as the fields of an observation."""
+    asked_for = case.asked_for(number)
     return {
-        "tensors": tuple(_observe_tensor(held, built.state_dict) for held in built.tensors),
-        "objects": tuple(_observe_object(leaf.fqn, leaf.path, built.state_dict) for leaf in case.objects),
+        "tensors": tuple(
+            TensorObservation(leaf.fqn, asked_for=False) if held is None else _observe_tensor(held, built.state_dict)
+            for leaf, held in zip(case.tensors, built.tensors, strict=True)
+        ),
+        "objects": tuple(
+            _observe_object(leaf.fqn, leaf.path, built.state_dict)
+            if index in asked_for
+            else ObjectObservation(leaf.fqn, None, asked_for=False)
+            for index, leaf in enumerate(case.objects, len(case.tensors))
+        ),
         "keys": tuple(key_paths(built.state_dict, [leaf.path for leaf in case.leaves])),
     }
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from dcpbench.case import Case, Layout, MemoryForm, Part, Placement, Step, TensorLeaf
+from dcpbench.case import Case, Layout, MemoryForm, Misuse, Part, Placement, Step, TensorLeaf
 from dcpbench.content import DTYPES, Bytes, overwritten
 from dcpbench.geometry import Region
 
@@ -27,6 +27,10 @@ __all__ = ["NEVER_LOADED", "Built", "BuiltTensor", "build", "find", "tensor_byte
 GUARD_BYTES = 64
 PATTERN = 0xA5
 NEVER_LOADED = "dcpbench: this value was never loaded"
+
+
+_CONJUGABLE = ("complex64", "complex128")
+"""complex32 is not: torch negates its imaginary part through float32, where signalling NaNs turn quiet."""
 
 
 @dataclass(slots=True)
@@ -42,10 +46,10 @@ class BuiltTensor:
 
 @dataclass(slots=True)
 class Built:
-    """A state dict, with one entry per tensor leaf that this rank was given."""
+    """A state dict, with one entry per tensor leaf: None where the step does not ask for it."""
 
     state_dict: dict[str, Any]
-    tensors: list[BuiltTensor]
+    tensors: list[BuiltTensor | None]
 
 
 def build(case: Case, number: int, rank: int, device: str) -> Built:
@@ -57,13 +61,18 @@ def build(case: Case, number: int, rank: int, device: str) -> Built:
     layout = case.layouts[step.layout]
     has_shards = any(leaf.placements is not None for leaf in layout.leaves)
     maker = _Maker(case, number, rank, device, _mesh(layout, device) if has_shards else None)
-    tensors = [maker.tensor(index) for index in range(len(case.tensors))]
+    tensors: list[BuiltTensor] = []
+    for index in range(len(case.tensors)):
+        tensors.append(maker.tensor(index, tensors))
     placed: list[tuple[tuple[Part, ...], Any]] = [(held.path, held.given) for held in tensors]
     is_source = step.action == "save"
-    placed += [(leaf.path, leaf.value(step.version) if is_source else NEVER_LOADED) for leaf in case.objects]
+    for index, leaf in enumerate(case.objects, len(tensors)):
+        placed.append((maker.path(index), leaf.value(step.version) if is_source else NEVER_LOADED))
+    asked_for = set(case.asked_for(number))
+    placed = [one for index, one in enumerate(placed) if index in asked_for]
     if not is_source and case.seed % 2:
         placed.reverse()  # nothing may depend on the order in which keys were put in
-    return Built(_nest(placed), tensors)
+    return Built(_nest(placed), [held if index in asked_for else None for index, held in enumerate(tensors)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,23 +93,41 @@ class _Maker:
     def layout(self) -> Layout:
         return self.case.layouts[self.step.layout]
 
-    def tensor(self, index: int) -> BuiltTensor:
-        leaf = self.case.tensors[index]
-        shape, path = self._asked_for(index)
+    def tensor(self, index: int, earlier: list[BuiltTensor]) -> BuiltTensor:
+        leaf, path = self.case.tensors[index], self.path(index)
+        if leaf.tied_to is not None and self._misuse_of(index) == "none":
+            tied = earlier[leaf.tied_to]
+            return BuiltTensor(leaf, path, tied.given, tied.local, tied.data_ptr)
+        shape = self._shape(index)
         region = self.layout.region(index, shape, self.rank)
         local = None if region is None else self._local(index, region, shape)
+        if local is not None and leaf.requires_grad:
+            local = local.detach().requires_grad_()
         given = self._distribute(index, local, shape)
         return BuiltTensor(leaf, path, given, local, local.data_ptr() if local is not None else 0)
 
-    def _asked_for(self, index: int) -> tuple[tuple[int, ...], tuple[Part, ...]]:
-        """Returns the global shape and the path of a leaf, wrong on purpose where the step says so."""
-        leaf, step = self.case.tensors[index], self.step
-        if index == step.misused and step.misused_on in (None, self.rank):
-            if step.misuse == "unknown-key":
-                return leaf.shape, (*leaf.path[:-1], Part("key", f"{leaf.path[-1].value}_unknown"))
-            if step.misuse == "other-size":
-                return (leaf.shape[0] + 1, *leaf.shape[1:]), leaf.path
-        return leaf.shape, leaf.path
+    def _misuse_of(self, index: int) -> Misuse:
+        step = self.step
+        return step.misuse if index == step.misused and step.misused_on in (None, self.rank) else "none"
+
+    def path(self, index: int) -> tuple[Part, ...]:
+        """Returns where leaf ``index`` hangs, wrong on purpose where the step says so."""
+        path = self.case.leaves[index].path
+        if self._misuse_of(index) == "unknown-key":
+            return (*path[:-1], Part("key", f"{path[-1].value}_unknown"))
+        return path
+
+    def _shape(self, index: int) -> tuple[int, ...]:
+        """Returns the global shape of a tensor, wrong on purpose where the step says so."""
+        shape = self.case.tensors[index].shape
+        match self._misuse_of(index):
+            case "larger":
+                return (shape[0] + 1, *shape[1:])
+            case "smaller":
+                return (shape[0] - 1, *shape[1:])
+            case "extra-dim":
+                return (*shape, 1)
+        return shape
 
     def _local(self, index: int, region: Region, shape: tuple[int, ...]) -> torch.Tensor:
         case, step, leaf = self.case, self.step, self.case.tensors[index]
@@ -111,6 +138,9 @@ class _Maker:
                 data = case.expected_bytes(index, step.version, row)
                 return _allocate(data, row.shape, leaf.dtype, memory, self.device, guard_bytes=0).expand(region.shape)
             data = case.expected_bytes(index, step.version, region)
+            if memory == "conjugated" and leaf.dtype in _CONJUGABLE:
+                data[:, -1] ^= 0x80  # the sign of the imaginary part, which the view turns again
+                return _allocate(data, region.shape, leaf.dtype, memory, self.device, guard_bytes=0).conj()
             return _allocate(data, region.shape, leaf.dtype, memory, self.device, guard_bytes=0)
         if shape == leaf.shape:
             version = case.version_at(self.number) or 0
@@ -131,7 +161,7 @@ class _Maker:
         # as distribute_tensor ends; from_local would take an empty shape, that of a 0-d tensor, for none at all
         meta = TensorMeta(torch.Size(shape), torch.empty(shape, device="meta").stride(), dtype)
         spec = DTensorSpec(self.mesh, tuple(_placement(p) for p in placements), tensor_meta=meta)
-        return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+        return DTensor(local.detach(), spec, requires_grad=local.requires_grad)  # type: ignore[no-untyped-call]
 
 
 def _allocate(
@@ -218,7 +248,7 @@ def find(state_dict: Any, path: tuple[Part, ...]) -> Any:
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
     """Returns the bytes of a local tensor, row-major; of no elements, no bytes."""
     # a clone, since contiguous() leaves odd strides along dims of size 1 as they are
-    flat = tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).cpu()
+    flat = tensor.detach().resolve_conj().clone(memory_format=torch.contiguous_format).reshape(-1).cpu()
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 

@@ -5,93 +5,25 @@ All shrink towards one rank, one leaf, the smallest shape that still splits unev
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from dcpbench.case import Case, Layout, LeafLayout, Mesh, Misuse, ObjectLeaf, Options, Part, Step, TensorLeaf
+from dcpbench.case import Case, Layout, LeafLayout, Mesh, Misuse, ObjectLeaf, Options, Step, TensorLeaf
+from dcpbench.strategies.contents import contents, one_in, scope
 from dcpbench.strategies.layouts import layouts, world_sizes
-from dcpbench.strategies.values import dtypes, keys, shapes, values
 
-__all__ = ["bad_loads", "multi_checkpoint", "resharding", "round_trips", "scope", "without_process_group"]
-
-
-@dataclass(slots=True)
-class Scope:
-    """What cases may ask for. The pytest plugin sets the one of the session, :data:`scope`, from its options.
-
-    Attributes:
-        max_world_size: the largest world that a case may use.
-        max_tensors, max_objects: leaves per case.
-    """
-
-    max_world_size: int = 4
-    max_tensors: int = 4
-    max_objects: int = 3
-
-
-scope = Scope()
-"""Read at each draw, since strategies are built when a suite is imported, before the options are known."""
-
-
-LARGE_SHAPES = ((257, 1031), (65_537,), (3, 300, 200))
-"""Beyond the buffers and block sizes that an implementation may have: a quarter of a million elements and less."""
+__all__ = [
+    "bad_loads",
+    "multi_checkpoint",
+    "overwriting",
+    "partial_loads",
+    "resharding",
+    "round_trips",
+    "without_process_group",
+]
 
 _seeds = st.integers(0, 2**16)
-
-
-@st.composite
-def leaf_paths(draw: st.DrawFn, count: int) -> list[tuple[Part, ...]]:
-    """Draws ``count`` paths of different FQNs that together form one nested state dict.
-
-    A container is a dict or a list; list indices are given in order, without holes; a dict may have int keys.
-    """
-    paths: list[tuple[Part, ...]] = []
-    groups: dict[tuple[Part, ...], int] = {}
-    taken: set[str] = set()
-    for number in range(count):
-        base = draw(st.sampled_from([(), *groups]), label="container")
-        path = (*base, _free_part(draw, base, groups, taken, number))
-        if draw(st.sampled_from([False, False, True]), label="nested"):
-            is_list = draw(st.booleans(), label="list")
-            groups[path] = 0 if is_list else -1
-            path = (*path, _free_part(draw, path, groups, taken, number))
-        paths.append(path)
-    return paths
-
-
-def _free_part(
-    draw: st.DrawFn, base: tuple[Part, ...], groups: dict[tuple[Part, ...], int], taken: set[str], number: int
-) -> Part:
-    """Draws the last part of a path below ``base``, such that no other path has, or runs through, the same FQN."""
-    prefix = "".join(f"{part.value}." for part in base)
-    if groups.get(base, -1) >= 0:
-        part = Part("index", groups[base])
-        groups[base] += 1
-    elif base and draw(st.sampled_from([False, False, False, True]), label="int key"):
-        part = Part("key", draw(st.integers(0, 2), label="int"))
-    else:
-        part = Part("key", draw(keys(), label="key"))
-    while f"{prefix}{part.value}" in taken:
-        part = Part("key", number + 3 if isinstance(part.value, int) else f"{part.value}{number}")
-    taken.add(f"{prefix}{part.value}")
-    return part
-
-
-@st.composite
-def contents(draw: st.DrawFn) -> tuple[tuple[TensorLeaf, ...], tuple[ObjectLeaf, ...]]:
-    """Draws the leaves of a state dict; at least one tensor or one object."""
-    num_tensors = draw(st.sampled_from([n for n in (1, 2, 3, 4, 0) if n <= scope.max_tensors]), label="tensors")
-    least = 1 if num_tensors == 0 else 0
-    num_objects = draw(st.integers(least, max(least, scope.max_objects)), label="objects")
-    paths = draw(leaf_paths(num_tensors + num_objects))
-    tensors = []
-    for path in paths[:num_tensors]:
-        is_large = draw(st.sampled_from([False] * 24 + [True]), label="large")
-        shape = draw(st.sampled_from(LARGE_SHAPES) if is_large else shapes(), label="shape")
-        is_expanded = bool(shape) and draw(st.sampled_from([False] * 7 + [True]), label="expanded")
-        tensors.append(TensorLeaf(path, shape, draw(dtypes(), label="dtype"), is_expanded))
-    return tuple(tensors), tuple(ObjectLeaf(path, draw(values(), label="value")) for path in paths[num_tensors:])
 
 
 @st.composite
@@ -144,20 +76,55 @@ def without_process_group(draw: st.DrawFn) -> Case:
 
 
 @st.composite
+def overwriting(draw: st.DrawFn) -> Case:
+    """Draws a case that saves other content, on as many or other ranks, over a checkpoint, and loads it.
+
+    All ranks may refuse to write over it.
+    """
+    case = draw(resharding())
+    steps = (
+        Step("save", 0),
+        Step("save", draw(st.integers(0, 1), label="layout of the second save"), version=1, may_refuse=True),
+        Step("load", draw(st.integers(0, 1), label="layout of the load")),
+    )
+    options = Options(reuse=draw(st.booleans(), label="reuse"))
+    return replace(case, family="overwrite", steps=steps, options=options)
+
+
+@st.composite
+def partial_loads(draw: st.DrawFn) -> Case:
+    """Draws a case whose load asks for some of the leaves only: at least one, and all of each list."""
+    case = draw(resharding())
+    free = [number for number, leaf in enumerate(case.leaves) if all(part.kind == "key" for part in leaf.path)]
+    tied = {tensor.tied_to for tensor in case.tensors}
+    may_go = [number for number in free if number not in tied]
+    keep = [] if len(may_go) < len(case.leaves) else may_go[:1]
+    may_go = [number for number in may_go if number not in keep]
+    without = tuple(number for number in may_go if draw(st.booleans(), label="left out"))
+    return replace(case, family="partial", steps=(Step("save", 0), Step("load", 1, without=without)))
+
+
+@st.composite
 def bad_loads(draw: st.DrawFn) -> Case:
     """Draws a case whose load asks for what is not there, on all ranks or on one; all ranks must refuse."""
     tensors, objects = draw(contents())
     world = draw(world_sizes(scope.max_world_size), label="ranks")
     pair = tuple(draw(layouts(tensors, world), label="layout") for _ in range(2))
-    number = draw(st.integers(0, max(0, len(tensors) - 1)), label="misused leaf")
+    leaves: tuple[TensorLeaf | ObjectLeaf, ...] = (*tensors, *objects)
+    number = draw(st.integers(0, len(leaves) - 1), label="misused leaf")
     kinds: list[Misuse] = ["no-checkpoint"]
-    if tensors and tensors[number].path[-1].kind == "key":
+    if leaves[number].path[-1].kind == "key":
         kinds.insert(0, "unknown-key")
-    if tensors and tensors[number].shape:
-        kinds.insert(0, "other-size")
+    if number < len(tensors):
+        kinds.insert(0, "extra-dim")
+        if tensors[number].shape:
+            kinds.insert(0, "larger")
+        if tensors[number].shape and tensors[number].shape[0]:
+            kinds.insert(0, "smaller")
     misuse = draw(st.sampled_from(kinds), label="misuse")
     if misuse == "no-checkpoint":
         return Case("refuse", 0, tensors, objects, pair, (Step("load", 1, "absent", misuse="no-checkpoint"),))
-    on = draw(st.one_of(st.none(), st.integers(0, world - 1)), label="on rank") if misuse == "unknown-key" else None
+    alone = misuse == "unknown-key" and one_in(draw, 2, "on one rank")
+    on = draw(st.integers(0, world - 1), label="rank") if alone else None
     steps = (Step("save", 0), Step("load", 1, misuse=misuse, misused=number, misused_on=on))
     return Case("refuse", draw(_seeds), tensors, objects, pair, steps)

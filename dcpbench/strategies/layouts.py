@@ -12,6 +12,7 @@ __all__ = ["layouts", "meshes", "placements", "world_sizes"]
 
 _AXES = ("dp", "tp", "cp")
 _FORMS: tuple[MemoryForm, ...] = ("contiguous", "transposed", "sliced")
+_COMPLEX_FORMS: tuple[MemoryForm, ...] = ("contiguous", "conjugated", "transposed", "sliced")
 
 
 def world_sizes(max_world_size: int) -> st.SearchStrategy[int]:
@@ -90,9 +91,14 @@ def layouts(draw: st.DrawFn, tensors: Sequence[TensorLeaf], world_size: int) -> 
     Shrinks towards one axis over all ranks, each tensor cut along dim 0 and contiguous.
     """
     mesh = draw(meshes(world_size), label="mesh")
-    leaves = []
+    leaves: list[LeafLayout] = []
     for tensor in tensors:
+        if tensor.tied_to is not None:
+            leaves.append(leaves[tensor.tied_to])
+            continue
         is_plain = draw(st.sampled_from([False, False, False, True]))
         placed = None if is_plain else draw(placements(len(tensor.shape), mesh))
-        leaves.append(LeafLayout(placed, draw(st.sampled_from(_FORMS))))
+        leaves.append(
+            LeafLayout(placed, draw(st.sampled_from(_COMPLEX_FORMS if tensor.dtype.startswith("complex") else _FORMS)))
+        )
     return Layout(world_size, mesh, tuple(leaves))

@@ -1,0 +1,114 @@
+"""Strategies for what a state dict holds: paths, tensors, values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import strategies as st
+
+from dcpbench.case import ObjectLeaf, Part, TensorLeaf
+from dcpbench.strategies.values import dtypes, keys, shapes, values
+
+__all__ = ["contents", "leaf_paths", "scope"]
+
+
+@dataclass(slots=True)
+class Scope:
+    """What cases may ask for. The pytest plugin sets the one of the session, :data:`scope`, from its options.
+
+    Attributes:
+        max_world_size: the largest world that a case may use.
+        max_tensors, max_objects: leaves per case; a long list now and then has more.
+    """
+
+    max_world_size: int = 4
+    max_tensors: int = 4
+    max_objects: int = 3
+
+
+scope = Scope()
+"""Read at each draw, since strategies are built when a suite is imported, before the options are known."""
+
+LARGE_SHAPES = ((257, 1031), (65_537,), (3, 300, 200))
+"""Beyond the buffers and block sizes that an implementation may have: a quarter of a million elements and less."""
+
+LONG_LIST = 12
+"""Indices of two digits: their order as text is another one."""
+
+_MAY_REQUIRE_GRAD = frozenset(("float32", "bfloat16", "float16", "float64", "complex64", "complex128"))
+
+
+def one_in(draw: st.DrawFn, number: int, label: str) -> bool:
+    """Draws True about once in ``number`` times. Shrinks towards False."""
+    return draw(st.sampled_from([False] * (number - 1) + [True]), label=label)
+
+
+@st.composite
+def leaf_paths(draw: st.DrawFn, count: int) -> list[tuple[Part, ...]]:
+    """Draws ``count`` paths of different FQNs that together form one nested state dict.
+
+    A container is a dict or a list; list indices are given in order, without holes; a dict may have int keys.
+    """
+    paths: list[tuple[Part, ...]] = []
+    groups: dict[tuple[Part, ...], int] = {}
+    taken: set[str] = set()
+    for _ in range(count):
+        base = draw(st.sampled_from([(), *groups]), label="container")
+        path = (*base, _free_part(draw, base, groups, taken))
+        if one_in(draw, 3, "nested"):
+            is_list = draw(st.booleans(), label="list")
+            groups[path] = 0 if is_list else -1
+            path = (*path, _free_part(draw, path, groups, taken))
+        paths.append(path)
+    return paths
+
+
+def _free_part(draw: st.DrawFn, base: tuple[Part, ...], groups: dict[tuple[Part, ...], int], taken: set[str]) -> Part:
+    """Draws the last part of a path below ``base``, such that no other path has, or runs through, the same FQN."""
+    prefix = "".join(f"{part.value}." for part in base)
+    value: str | int
+    if groups.get(base, -1) >= 0:
+        value = groups[base]
+        groups[base] += 1
+        taken.add(f"{prefix}{value}")
+        return Part("index", value)
+    value = draw(st.integers(0, 2), label="int") if base and one_in(draw, 4, "int key") else draw(keys(), label="key")
+    while f"{prefix}{value}" in taken:
+        value = value + 1 if isinstance(value, int) else f"{value}_"
+    taken.add(f"{prefix}{value}")
+    return Part("key", value)
+
+
+@st.composite
+def contents(draw: st.DrawFn) -> tuple[tuple[TensorLeaf, ...], tuple[ObjectLeaf, ...]]:
+    """Draws the leaves of a state dict; at least one tensor or one object.
+
+    Now and then a tensor is large, expanded, a parameter, or the very same as an earlier one; now and then the tensors
+    are a long list.
+    """
+    num_tensors = draw(st.sampled_from([n for n in (1, 2, 3, 4, 0) if n <= scope.max_tensors]), label="tensors")
+    least = 1 if num_tensors == 0 else 0
+    num_objects = draw(st.integers(least, max(least, scope.max_objects)), label="objects")
+    if one_in(draw, 16, "long list"):
+        tensors = [TensorLeaf((Part("key", "list"), Part("index", n)), (n + 1,)) for n in range(LONG_LIST)]
+        value = draw(values(), label="value")
+        return tuple(tensors), tuple(ObjectLeaf((Part("key", f"o{n}"),), value) for n in range(num_objects))
+    paths = draw(leaf_paths(num_tensors + num_objects))
+    tensors = []
+    for path in paths[:num_tensors]:
+        tensors.append(draw(_tensors(path, tensors)))
+    return tuple(tensors), tuple(ObjectLeaf(path, draw(values(), label="value")) for path in paths[num_tensors:])
+
+
+@st.composite
+def _tensors(draw: st.DrawFn, path: tuple[Part, ...], earlier: list[TensorLeaf]) -> TensorLeaf:
+    untied = [number for number, tensor in enumerate(earlier) if tensor.tied_to is None]
+    if untied and one_in(draw, 10, "tied"):
+        number = draw(st.sampled_from(untied), label="tied to")
+        like = earlier[number]
+        return TensorLeaf(path, like.shape, like.dtype, like.expanded, like.requires_grad, number)
+    shape = draw(st.sampled_from(LARGE_SHAPES) if one_in(draw, 25, "large") else shapes(), label="shape")
+    dtype = draw(dtypes(), label="dtype")
+    is_expanded = bool(shape) and one_in(draw, 8, "expanded")
+    is_parameter = dtype in _MAY_REQUIRE_GRAD and one_in(draw, 6, "requires grad")
+    return TensorLeaf(path, shape, dtype, is_expanded, is_parameter)
