@@ -35,15 +35,17 @@ class Exchange:
         self._done: dict[int, Observation] = {}
         self._dumps: dict[int, str] = {}
         self._limit = ""
+        self._raised: int | None = None
         self.lost: list[int] = []
         self.hung: list[int] = []
 
-    def run(self, timeout_s: float, grace_s: float) -> None:
+    def run(self, timeout_s: float, grace_s: float, grace_after_raise_s: float) -> None:
         """Sends the command and waits for the ranks.
 
         Args:
             timeout_s: how long the ranks have.
             grace_s: how long they have once one of them is lost.
+            grace_after_raise_s: how long they have once one of them has raised.
         """
         data = frames.pack(self._command.command, self._command)
         for link in self._links.values():
@@ -55,14 +57,18 @@ class Exchange:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 break
-            num_lost = len(self.lost)
+            had_lost, had_raised = bool(self.lost), self._raised is not None
             sources = {source: link for link in waiting for source in link.sources}
             ready = wait(list(sources), remaining)
             for link in dict.fromkeys(sources[source] for source in ready):  # type: ignore[index]
                 self._take(link, is_gone=link.life in ready)
-            if self.lost and not num_lost and time.monotonic() + grace_s < deadline:
-                deadline = time.monotonic() + grace_s
+            now = time.monotonic()
+            if self.lost and not had_lost and now + grace_s < deadline:
+                deadline = now + grace_s
                 self._limit = f"within {grace_s:g} s after rank {self.lost[0]} was lost"
+            if self._raised is not None and not had_raised and now + grace_after_raise_s < deadline:
+                deadline = now + grace_after_raise_s
+                self._limit = f"within {grace_after_raise_s:g} s after rank {self._raised} raised"
         self._ask_for_stacks()
 
     def needs_rebuild(self) -> bool:
@@ -92,12 +98,17 @@ class Exchange:
         except Exception as error:  # a class that only the rank can import, or anything else
             text = f"what the rank returned cannot be read here: {type(error).__name__}: {error}"
             seen = blank(self._command, rank, "raised", self._phases[rank])
-            self._done[rank] = replace(seen, error=ErrorReport(type(error).__qualname__, text, ""))
+            self._finish(rank, replace(seen, error=ErrorReport(type(error).__qualname__, text, "")))
             return
         if isinstance(message, Phase):
             self._phases[rank] = message.name
         elif isinstance(message, Done):
-            self._done[rank] = message.observation
+            self._finish(rank, message.observation)
+
+    def _finish(self, rank: int, observation: Observation) -> None:
+        self._done[rank] = observation
+        if self._raised is None and observation.outcome == "raised":
+            self._raised = rank
 
     def _ask_for_stacks(self) -> None:
         hung = self._waiting()

@@ -23,7 +23,11 @@ _MAX_ENDING = 8
 
 
 class DefaultGroup:
-    """The default process group of this rank, through the life of the pool."""
+    """The default process group of this rank, through the life of the pool.
+
+    Attributes:
+        is_broken: a command has raised in it, and may have left something under way.
+    """
 
     def __init__(self, rank: int, device: str, connect_timeout_s: float) -> None:
         self._rank = rank
@@ -32,6 +36,7 @@ class DefaultGroup:
         self._store: TCPStore | None = None
         self._next_sweep = _SWEEP_EVERY
         self._ending = threading.BoundedSemaphore(_MAX_ENDING)
+        self.is_broken = False
 
     def connect(self, command: int, world_size: int) -> None:
         """Initialises the group; all ranks of the command call it.
@@ -45,27 +50,33 @@ class DefaultGroup:
         if self._rank == 0 and command >= self._next_sweep:
             _sweep(self._store, command)
             self._next_sweep = command + _SWEEP_EVERY
-        store = PrefixStore(_prefix(command), self._store)
-        dist.init_process_group(
-            self._pg_backend(world_size),
-            store=store,
-            rank=self._rank,
-            world_size=world_size,
-            timeout=self._connect_timeout,
-        )
-        distributed_c10d._set_pg_timeout(_COLLECTIVE_TIMEOUT)
-        # Gloo lets a rank go on while others still connect to each other. If it then raised at once, they would fail in
-        # their connecting, and the backend's failure would pass for the machine's.
-        if store.add("arrived", 1) == world_size:
-            store.set("all-arrived", "")
-        store.wait(["all-arrived"], self._connect_timeout)
+        try:
+            store = PrefixStore(_prefix(command), self._store)
+            dist.init_process_group(
+                self._pg_backend(world_size),
+                store=store,
+                rank=self._rank,
+                world_size=world_size,
+                timeout=self._connect_timeout,
+            )
+            distributed_c10d._set_pg_timeout(_COLLECTIVE_TIMEOUT)
+            # Gloo lets a rank go on while others still connect to each other. If it then died at once, they would
+            # fail in their connecting, and the backend's failure would pass for the machine's.
+            if store.add("arrived", 1) == world_size:
+                store.set("all-arrived", "")
+            store.wait(["all-arrived"], self._connect_timeout)
+        except BaseException:
+            self._abort()
+            raise
 
     def disconnect(self) -> None:
         """Destroys the group and all others, if there are any.
 
-        A rank that has raised does it at once, and thereby wakes ranks that wait for it, as the end of its process
-        would. A rank that has returned does it only when the next command comes, since others may not be done.
+        It is done only when the next command comes, since others may not be done with this one.
         """
+        if self.is_broken:
+            self._abort()
+            self.is_broken = False
         if not dist.is_initialized():
             return
         groups = list(distributed_c10d._world.pg_map)
@@ -79,7 +90,7 @@ class DefaultGroup:
         last.clear()
         self._ending.release()
 
-    def abort(self) -> None:
+    def _abort(self) -> None:
         """Drops the group without waiting for what is still under way in it."""
         if dist.is_initialized():
             distributed_c10d._abort_process_group()

@@ -33,6 +33,7 @@ class RankPool:
         size: how many ranks there are.
         rank_timeout_s: how long the ranks have for one step; may be changed at any time.
         grace_s: how long the others have to return once a rank is lost.
+        grace_after_raise_s: how long the others have to return once a rank has raised.
     """
 
     def __init__(
@@ -43,12 +44,14 @@ class RankPool:
         rank_timeout_s: float = 60.0,
         connect_timeout_s: float = 30.0,
         grace_s: float = 3.0,
+        grace_after_raise_s: float = 10.0,
     ) -> None:
         if size < 1:
             raise expected("at least one rank", "size", size, "Give 1 or more.")
         self.size = size
         self.rank_timeout_s = rank_timeout_s
         self.grace_s = grace_s
+        self.grace_after_raise_s = grace_after_raise_s
         self._commands = count(1)
         self._cases = count(1)
         self._crew = Crew(size, device, connect_timeout_s)
@@ -125,7 +128,7 @@ class RankPool:
         command = replace(command, command=next(self._commands))
         exchange = Exchange(command, links[: command.world_size])
         try:
-            exchange.run(self.rank_timeout_s, self.grace_s)
+            exchange.run(self.rank_timeout_s, self.grace_s, self.grace_after_raise_s)
             if exchange.lost or exchange.hung:
                 exit_codes = self._crew.end_generation()
                 launcher_is_lost = exit_codes is None

@@ -104,12 +104,12 @@ class _Rank:
             self._phase = name
             self._messages.send_bytes(frames.pack(number, Phase(number, name)))
 
+        if command.distributed:
+            enter_phase("connect")
+            self._group.connect(number, command.world_size)
+        else:
+            self._group.disconnect()
         try:
-            if command.distributed:
-                enter_phase("connect")
-                self._group.connect(number, command.world_size)
-            else:
-                self._group.disconnect()
             if isinstance(command, RunStep):
                 from dcpbench.ranks.execute import run_step
 
@@ -117,7 +117,9 @@ class _Rank:
             enter_phase("call")
             return replace(seen, phase="call", value=_call(command, self._rank))
         except BaseException:
-            self._group.abort()
+            # Not dropped at once: ranks that wait for this one would be told by the end of its group. Whether they are
+            # told by the backend is what we want to know.
+            self._group.is_broken = True
             raise
 
     def _packed(self, number: int, observation: Observation) -> bytes:
