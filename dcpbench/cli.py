@@ -42,6 +42,11 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--rank-timeout", type=float, default=60.0, metavar="SECONDS")
     replay.set_defaults(run=_replay)
 
+    script = commands.add_parser("script", help="write a standalone script that shows what a case file shows")
+    script.add_argument("file", type=Path, help="a case file")
+    script.add_argument("--backend", default="torch", help="torch (default) or reference")
+    script.set_defaults(run=_script)
+
     catalogue = commands.add_parser("rules", help="print the rules that a backend must keep")
     catalogue.add_argument("--markdown", action="store_true", help="as the page docs/rules.md")
     catalogue.set_defaults(run=_rules)
@@ -70,6 +75,14 @@ def _replay(given: argparse.Namespace) -> int:
     reason = f": {done.verdict.reason}" if done.verdict.reason else ""
     print(f"{done.case.id} on {via}: {done.verdict.status}{reason}")
     return 0 if done.verdict.status == "PASS" else 1
+
+
+def _script(given: argparse.Namespace) -> int:
+    from dcpbench.case import Case
+    from dcpbench.script import as_script
+
+    print(as_script(Case.load(given.file), given.backend), end="")
+    return 0
 
 
 def _rules(given: argparse.Namespace) -> int:

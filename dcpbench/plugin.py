@@ -14,6 +14,7 @@ from dcpbench.backends import registry
 from dcpbench.errors import DcpbenchError, UsageError, expected
 from dcpbench.messages import Call
 from dcpbench.oracle.verdict import RuleBrokenError
+from dcpbench.report.progress import Progress
 from dcpbench.strategies import scope
 from dcpbench.suite_session import Settings, SuiteSession
 
@@ -115,14 +116,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", names)
     if "saver" in metafunc.fixturenames:
         shared = [name for name in names if name in registry.KNOWN]
-        pairs = [(saver, loader) for saver in shared for loader in shared if saver != loader]
-        metafunc.parametrize(("saver", "loader"), pairs, ids=[f"{saver}-to-{loader}" for saver, loader in pairs])
+        pairs = [pytest.param(one, other, id=f"{one}-to-{other}") for one in shared for other in shared if one != other]
+        why = "needs two backends of the same format: give --backend=torch --backend=reference"
+        metafunc.parametrize(("saver", "loader"), pairs or [_none("torch", "reference", why=why)])
     if "regression" in metafunc.fixturenames:
         files = sorted((metafunc.config.rootpath / "suites" / "regressions").glob("*.json"))
-        metafunc.parametrize("regression", files, ids=[file.stem for file in files])
+        regressions = [pytest.param(file, id=file.stem) for file in files]
+        metafunc.parametrize("regression", regressions or [_none(None, why="no case ever failed")])
     if "known_defect" in metafunc.fixturenames:
-        entries = [defect for name in names for defect in session.defects[name]]
-        metafunc.parametrize("known_defect", entries, ids=[f"{entry.backend}-{entry.id}" for entry in entries])
+        entries = [pytest.param(entry, id=f"{name}-{entry.id}") for name in names for entry in session.defects[name]]
+        why = f"no known defects of {', '.join(names)}"
+        metafunc.parametrize("known_defect", entries or [_none(None, why=why)])
+
+
+def _none(*values: object, why: str) -> Any:
+    """Returns the one parameter set of a test that has none: it is skipped, with the reason."""
+    return pytest.param(*values, marks=pytest.mark.skip(reason=why), id="none")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -173,6 +182,15 @@ def check(request: pytest.FixtureRequest) -> Any:
     return session_of(request.config).check
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Shows progress beside the running test where output is a terminal."""
+    reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or not reporter.isatty or _is_xdist_controller(session.config):
+        return
+    session_of(session.config).show_progress = Progress()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     session_of(item.config).begin_test(item.nodeid.rsplit("::", 1)[-1].split("[")[0])
@@ -185,6 +203,8 @@ def pytest_runtest_makereport(
     report = yield
     suite = session_of(item.config)
     if call.when == "call":
+        if suite.show_progress is not None:
+            suite.show_progress("")
         broken = list(_broken_rules(call.excinfo.value)) if call.excinfo else []
         for error in broken:
             suite.write_evidence(error)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ class SuiteSession:
         rows: a record per round trip, as plain dicts.
         unknown: why cases of the running test could not be judged.
         first_verdict_s: seconds from the start of the process to its first verdict.
+        show_progress: takes a line for the terminal after each verdict; None where output is no terminal.
     """
 
     settings: Settings
@@ -72,6 +74,9 @@ class SuiteSession:
     rows: list[dict[str, Any]] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     first_verdict_s: float | None = None
+    show_progress: Callable[[str], None] | None = None
+    _test_start_s: float = 0.0
+    _num_cases: int = 0
     _pool: RankPool | None = None
     _last: _Run | None = None
     _hung: dict[tuple[str, str, str], _Run] = field(default_factory=dict)
@@ -99,6 +104,7 @@ class SuiteSession:
     def begin_test(self, name: str) -> None:
         """Forgets what was special about the test before: its hangs, its unknowns."""
         self.test = name
+        self._test_start_s, self._num_cases = time.monotonic(), 0
         self.unknown.clear()
         self._hung.clear()
         self._last = None
@@ -164,6 +170,7 @@ class SuiteSession:
         if verdict.status == "UNKNOWN":
             self.unknown.append(verdict.reason)
         self._record(run, status)
+        self._progress(name)
         if new:
             file = self.failure_file(run.case)
             replay = f"dcpbench replay {file} --backend {run.backend}"
@@ -172,6 +179,12 @@ class SuiteSession:
             error = RULE_ERRORS[new[0].rule](new[0], run.case, run.backend, replay)
             error.evidence = _evidence(run, replace(verdict, findings=tuple(new)))
             raise error
+
+    def _progress(self, backend: str) -> None:
+        self._num_cases += 1
+        if self.show_progress is not None:
+            rate = self._num_cases / max(time.monotonic() - self._test_start_s, 1e-3)
+            self.show_progress(f"{self._num_cases} cases on {backend}, {rate:.1f} a second: {self.test}")
 
     def failure_file(self, case: Case) -> Path:
         """Returns where the evidence of a failing case is written."""

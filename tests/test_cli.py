@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,8 @@ import pytest
 from dcpbench import rules
 from dcpbench.cli import main
 
-DEFECTS = Path(__file__).parent.parent / "suites" / "known_defects" / "torch"
+ROOT = Path(__file__).parent.parent
+DEFECTS = ROOT / "suites" / "known_defects" / "torch"
 
 
 def test_rules(capsys):
@@ -36,6 +40,21 @@ def test_replay_takes_the_backend_that_the_file_names(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].endswith("on torch to reference: PASS")
 
 
+def test_a_script_shows_the_defect_without_dcpbench(tmp_path, capsys):
+    case = DEFECTS / "strided-load.json"
+    for backend, code, says in (("torch", 1, "the defect is there"), ("reference", 0, "the defect is not there")):
+        assert main(["script", str(case), f"--backend={backend}"]) == 0
+        script = tmp_path / f"show_{backend}.py"
+        script.write_text(capsys.readouterr().out)
+        assert "dcpbench" not in script.read_text()
+        environment = {**os.environ, "PYTHONPATH": str(ROOT) if backend == "reference" else ""}
+        done = subprocess.run(
+            [sys.executable, script], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+        )
+        assert done.returncode == code
+        assert done.stdout.splitlines()[-1].endswith(says)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -44,6 +63,10 @@ def test_replay_takes_the_backend_that_the_file_names(tmp_path, capsys):
         (
             ["replay", str(DEFECTS / "int-key.json"), "--backend=torhc"],
             "Unknown backend 'torhc'. Known: reference, torch.",
+        ),
+        (
+            ["script", str(DEFECTS / "int-key.json"), "--backend=mine"],
+            "Expected one of reference, torch but got --backend=",
         ),
         (["bench", "harness", "--world-size=0"], "Expected 1 to 128 ranks but got --world-size=0."),
         (["bench", "harness", "--trips=0"], "Expected at least one round trip but got --trips=0."),
