@@ -96,25 +96,26 @@ def _encode(key: int, linear: _U64, dtype: str) -> Bytes:
         position = linear + np.uint64(key)
         if size == 16:
             lanes = np.stack([_mix64(position), _mix64(~position)], axis=-1)
-        elif size == 4:
-            lanes = _mix32(position)[:, None]
         else:
-            lanes = _mix64(position)[:, None]
-    data = np.ascontiguousarray(lanes.astype("<u8")).view(np.uint8).reshape(len(linear), lanes.shape[-1] * 8)
-    data = np.ascontiguousarray(data[:, :size])
+            lanes = _mix32(position) if size == 4 else _mix64(position)
+        choice = (position * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(58)
+    data = lanes.astype("<u8", copy=False).view(np.uint8).reshape(len(linear), max(8, size))[:, :size]
     if dtype == "bool":
         return data & np.uint8(1)
-    with np.errstate(over="ignore"):
-        choice = _mix64(position ^ np.uint64(0x5851F42D4C957F2D)) & np.uint64(63)
-    for number, (low, high) in enumerate(_EXTREMES):
-        is_chosen = choice == number
-        data[is_chosen, :-1] = low
-        data[is_chosen, -1] = high
+    data = np.ascontiguousarray(data)
+    is_extreme = choice < len(_EXTREMES)
+    if is_extreme.any():
+        data[is_extreme] = _EXTREMES_BY_SIZE[size][choice[is_extreme]]
     return data
 
 
 _EXTREMES = ((0x00, 0x00), (0x00, 0x80), (0xFF, 0x7F), (0xFF, 0xFF))
 """The extremes, each as its lower bytes and its highest byte; bytes are little-endian."""
+
+_EXTREMES_BY_SIZE = {
+    size: np.array([[low] * (size - 1) + [high] for low, high in _EXTREMES], dtype=np.uint8)
+    for size in (1, 2, 4, 8, 16)
+}
 
 
 def _mix64(x: _U64) -> _U64:

@@ -69,6 +69,7 @@ class RunStep:
         world_size: ranks that take part; this rank's number is below it.
         backend: specification of the backend, resolved on the rank.
         root: folder under which the case's checkpoints live.
+        keeps_group: the step before it, of the same case, ran on the same ranks: they keep their process group.
     """
 
     command: int
@@ -78,6 +79,7 @@ class RunStep:
     backend: str
     root: str
     distributed: bool = True
+    keeps_group: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,10 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A rank enters a part of its step: ``connect``, ``build``, ``open``, ``save``, ``load`` or ``observe``."""
+    """A rank enters a part of its step: connect, build, open, save or load, metadata, observe.
+
+    Of these, open, save, load and metadata are the backend's doing; the others are ours.
+    """
 
     command: int
     name: str

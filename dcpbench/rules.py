@@ -218,7 +218,7 @@ _ALL = (
         "R505",
         "accepted-bad-input",
         "outcome",
-        "What cannot be loaded as asked must be refused on all ranks.",
+        "What cannot be loaded as asked, or not be saved, must be refused on all ranks.",
         "DefaultLoadPlanner: missing keys and size mismatches raise unless partial load is allowed",
         "lenient_loader",
     ),

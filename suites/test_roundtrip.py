@@ -40,3 +40,8 @@ def test_an_overwritten_checkpoint_is_the_new_one(case, pool, backend, check):
 @given(case=cases.partial_loads())
 def test_a_load_brings_what_was_asked_for(case, pool, backend, check):
     check(judge(case, pool.run(case, backend)))
+
+
+@given(case=cases.bad_saves())
+def test_bad_saves_are_refused_on_all_ranks(case, pool, backend, check):
+    check(judge(case, pool.run(case, backend)))

@@ -26,6 +26,9 @@ def findings(case: Case, number: int, seen: Sequence[Observation]) -> Iterator[F
             yield judge_lost(case, lost[0], seen)
             return
     raised = [one for one in seen if one.outcome == "raised"]
+    if raised and raised[0].phase == "metadata":
+        yield _unreadable(case, raised[0])
+        return
     returned = [one for one in seen if one.outcome == "ok"]
     if raised and returned:
         yield _split(case, raised[0], returned, seen)
@@ -35,7 +38,7 @@ def findings(case: Case, number: int, seen: Sequence[Observation]) -> Iterator[F
         yield _refused(case, _first_cause(raised))
     elif step.misuse != "none" and returned:
         yield _accepted(case, returned[0])
-    elif step.misuse not in ("none", "no-checkpoint"):
+    elif step.misuse not in ("none", "no-checkpoint", "unsavable"):
         yield from _unnamed(case, raised)
 
 
@@ -125,6 +128,21 @@ def _split(case: Case, raised: Observation, returned: Sequence[Observation], see
     )
 
 
+def _unreadable(case: Case, one: Observation) -> Finding:
+    return Finding(
+        "R304",
+        "the metadata cannot be read after save",
+        (
+            ("at", _last_frame(one)),
+            ("expected", "the metadata of the checkpoint that was saved"),
+            ("got", error_line(one)),
+            *setting(case, one.step),
+        ),
+        rank=one.rank,
+        step=one.step,
+    )
+
+
 def _ranks(seen: Sequence[Observation], outcome: str) -> list[int]:
     return [one.rank for one in seen if one.outcome == outcome]
 
@@ -157,6 +175,7 @@ def _accepted(case: Case, one: Observation) -> Finding:
         "larger": "asks for a larger tensor than was saved",
         "smaller": "asks for a smaller tensor than was saved",
         "extra-dim": "asks for a tensor with more dims than was saved",
+        "unsavable": "holds a value that cannot be saved",
         "no-checkpoint": "names a checkpoint that does not exist",
     }[step.misuse]
     fqn = "" if step.misuse == "no-checkpoint" else case.leaves[step.misused].fqn
@@ -174,8 +193,9 @@ def _accepted(case: Case, one: Observation) -> Finding:
 def _unnamed(case: Case, raised: Sequence[Observation]) -> Iterator[Finding]:
     step = case.steps[raised[0].step]
     fqn = case.leaves[step.misused].fqn
+    tied = [tensor.fqn for tensor in case.tensors if tensor.tied_to == step.misused]
     for one in raised:
-        if one.error is None or not _names(one.error.text, fqn):
+        if one.error is None or not any(_names(one.error.text, name) for name in (fqn, *tied)):
             yield Finding(
                 "R506",
                 f"the refusal on {_where(one)} does not name the key {fqn!r}",

@@ -76,6 +76,12 @@ def _tensor(loaded: _Loaded, region: Region) -> Iterator[Finding]:
         got = f"a {found.dtype}" if found.dtype else "no such key"
         yield loaded.wrong("R104", "is no longer a tensor after load", "a tensor", got)
         return
+    if found.dtype != leaf.dtype:
+        yield loaded.wrong("R102", "changed its dtype", leaf.dtype, found.dtype)
+    elif found.shape != region.shape:
+        yield loaded.wrong("R103", "changed its local shape", str(region.shape), str(found.shape))
+    else:
+        yield from _bytes(loaded, region)
     if not found.same_tensor:
         yield loaded.wrong("R201", "was replaced by another tensor", "the tensor that was given", "another object")
     elif not found.same_storage:
@@ -84,12 +90,6 @@ def _tensor(loaded: _Loaded, region: Region) -> Iterator[Finding]:
         yield loaded.wrong(
             "R203", "was not all that load wrote to", "bytes beside it unchanged", "some were overwritten"
         )
-    if found.dtype != leaf.dtype:
-        yield loaded.wrong("R102", "changed its dtype", leaf.dtype, found.dtype)
-    elif found.shape != region.shape:
-        yield loaded.wrong("R103", "changed its local shape", str(region.shape), str(found.shape))
-    else:
-        yield from _bytes(loaded, region)
 
 
 _WHAT = {

@@ -56,10 +56,14 @@ def run_step(command: RunStep, rank: int, enter_phase: Callable[[str], None], de
             session.save(built.state_dict, checkpoint_id)
         else:
             session.load(built.state_dict, checkpoint_id)
+    metadata = None
+    if step.action == "save" and rank == 0:
+        enter_phase("metadata")
+        metadata = session.metadata(checkpoint_id)
     enter_phase("observe")
     seen = _state(case, command.step, built)
     if step.action == "save" and rank == 0:
-        seen |= {"tables": _tables(session.metadata(checkpoint_id)), "bytes_on_storage": _size(Path(checkpoint_id))}
+        seen |= {"tables": _tables(metadata), "bytes_on_storage": _size(Path(checkpoint_id))}
     return Observation(
         rank, command.world_size, command.step, step.action, "ok", phase="observe", usage=meter.usage, **seen
     )

@@ -38,12 +38,19 @@ class DefaultGroup:
         self._ending = threading.BoundedSemaphore(_MAX_ENDING)
         self.is_broken = False
 
-    def connect(self, command: int, world_size: int) -> None:
+    def connect(self, command: int, world_size: int, *, keeps_group: bool = False) -> None:
         """Initialises the group; all ranks of the command call it.
+
+        Args:
+            command: its number, unique.
+            world_size: ranks 0 to ``world_size`` - 1 are in the group.
+            keeps_group: the group of the command before will do, if it is still there.
 
         Raises:
             Exception: the ranks did not find each other in time.
         """
+        if keeps_group and dist.is_initialized() and not self.is_broken and dist.get_world_size() == world_size:
+            return
         self.disconnect()
         if self._store is None:
             self._store = self._connect_store()

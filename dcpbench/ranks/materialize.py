@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
@@ -27,6 +28,13 @@ __all__ = ["NEVER_LOADED", "Built", "BuiltTensor", "build", "find", "tensor_byte
 GUARD_BYTES = 64
 PATTERN = 0xA5
 NEVER_LOADED = "dcpbench: this value was never loaded"
+
+
+class Unsavable:
+    """A value that raises when it is pickled, or copied."""
+
+    def __reduce_ex__(self, protocol: object) -> str:
+        raise RuntimeError("dcpbench: this value cannot be pickled")
 
 
 _CONJUGABLE = ("complex64", "complex128")
@@ -67,7 +75,8 @@ def build(case: Case, number: int, rank: int, device: str) -> Built:
     placed: list[tuple[tuple[Part, ...], Any]] = [(held.path, held.given) for held in tensors]
     is_source = step.action == "save"
     for index, leaf in enumerate(case.objects, len(tensors)):
-        placed.append((maker.path(index), leaf.value(step.version) if is_source else NEVER_LOADED))
+        value = leaf.value(step.version) if is_source else NEVER_LOADED
+        placed.append((maker.path(index), Unsavable() if maker.misuse_of(index) == "unsavable" else value))
     asked_for = set(case.asked_for(number))
     placed = [one for index, one in enumerate(placed) if index in asked_for]
     if not is_source and case.seed % 2:
@@ -95,7 +104,7 @@ class _Maker:
 
     def tensor(self, index: int, earlier: list[BuiltTensor]) -> BuiltTensor:
         leaf, path = self.case.tensors[index], self.path(index)
-        if leaf.tied_to is not None and self._misuse_of(index) == "none":
+        if leaf.tied_to is not None and self.misuse_of(index) == "none":
             tied = earlier[leaf.tied_to]
             return BuiltTensor(leaf, path, tied.given, tied.local, tied.data_ptr)
         shape = self._shape(index)
@@ -106,21 +115,21 @@ class _Maker:
         given = self._distribute(index, local, shape)
         return BuiltTensor(leaf, path, given, local, local.data_ptr() if local is not None else 0)
 
-    def _misuse_of(self, index: int) -> Misuse:
+    def misuse_of(self, index: int) -> Misuse:
         step = self.step
         return step.misuse if index == step.misused and step.misused_on in (None, self.rank) else "none"
 
     def path(self, index: int) -> tuple[Part, ...]:
         """Returns where leaf ``index`` hangs, wrong on purpose where the step says so."""
         path = self.case.leaves[index].path
-        if self._misuse_of(index) == "unknown-key":
+        if self.misuse_of(index) == "unknown-key":
             return (*path[:-1], Part("key", f"{path[-1].value}_unknown"))
         return path
 
     def _shape(self, index: int) -> tuple[int, ...]:
         """Returns the global shape of a tensor, wrong on purpose where the step says so."""
         shape = self.case.tensors[index].shape
-        match self._misuse_of(index):
+        match self.misuse_of(index):
             case "larger":
                 return (shape[0] + 1, *shape[1:])
             case "smaller":
@@ -157,7 +166,8 @@ class _Maker:
             return local
         dtype = cast("torch.dtype", getattr(torch, self.case.tensors[index].dtype))
         if local is None:
-            local = torch.empty(0, dtype=dtype, device=self.device)
+            requires_grad = self.case.tensors[index].requires_grad
+            local = torch.empty(0, dtype=dtype, device=self.device, requires_grad=requires_grad)
         # as distribute_tensor ends; from_local would take an empty shape, that of a 0-d tensor, for none at all
         meta = TensorMeta(torch.Size(shape), torch.empty(shape, device="meta").stride(), dtype)
         spec = DTensorSpec(self.mesh, tuple(_placement(p) for p in placements), tensor_meta=meta)
@@ -201,8 +211,19 @@ def _view(raw: Bytes, offset: int, shape: tuple[int, ...], strides: list[int] | 
 
 
 def _mesh(layout: Layout, device: str) -> DeviceMesh:
-    ranks = torch.tensor(layout.mesh.ranks).reshape(layout.mesh.sizes)
-    return DeviceMesh(device, ranks, mesh_dim_names=layout.mesh.axes)
+    """Returns the mesh of a layout; one of the same process group and shape serves again, as it does in a job."""
+    group = dist.group.WORLD if dist.is_initialized() else None
+    if _meshes.get("group") is not group:
+        _meshes.clear()
+        _meshes["group"] = group
+    if layout.mesh not in _meshes:
+        ranks = torch.tensor(layout.mesh.ranks).reshape(layout.mesh.sizes)
+        _meshes[layout.mesh] = DeviceMesh(device, ranks, mesh_dim_names=layout.mesh.axes)
+    return cast("DeviceMesh", _meshes[layout.mesh])
+
+
+_meshes: dict[Any, Any] = {}
+"""The process group that meshes were made in, under "group", and the meshes by what the case says of them."""
 
 
 def _placement(placement: Placement) -> TorchPlacement:

@@ -95,7 +95,17 @@ class RankPool:
             for number, step in enumerate(case.steps):
                 layout = case.layouts[step.layout]
                 specification = backend if step.action == "save" else load_backend or backend
-                command = RunStep(0, layout.world_size, case, number, specification, str(root), layout.distributed)
+                before = case.layouts[case.steps[number - 1].layout] if number else None
+                command = RunStep(
+                    command=0,
+                    world_size=layout.world_size,
+                    case=case,
+                    step=number,
+                    backend=specification,
+                    root=str(root),
+                    distributed=layout.distributed,
+                    keeps_group=before is not None and before.distributed and before.world_size == layout.world_size,
+                )
                 observations = self._step(command, continues=number > 0)
                 seen += observations
                 if any(observation.outcome != "ok" for observation in observations):

@@ -106,7 +106,8 @@ class _Rank:
 
         if command.distributed:
             enter_phase("connect")
-            self._group.connect(number, command.world_size)
+            keeps_group = isinstance(command, RunStep) and command.keeps_group
+            self._group.connect(number, command.world_size, keeps_group=keeps_group)
         else:
             self._group.disconnect()
         try:

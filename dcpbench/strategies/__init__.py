@@ -2,6 +2,7 @@
 
 from dcpbench.strategies.cases import (
     bad_loads,
+    bad_saves,
     multi_checkpoint,
     overwriting,
     partial_loads,
@@ -15,6 +16,7 @@ from dcpbench.strategies.values import dtypes, shapes, values
 
 __all__ = [
     "bad_loads",
+    "bad_saves",
     "contents",
     "dtypes",
     "layouts",

@@ -9,12 +9,13 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from dcpbench.case import Case, Layout, LeafLayout, Mesh, Misuse, ObjectLeaf, Options, Step, TensorLeaf
+from dcpbench.case import Case, Layout, LeafLayout, Mesh, Misuse, ObjectLeaf, Options, Part, Step, TensorLeaf
 from dcpbench.strategies.contents import contents, one_in, scope
 from dcpbench.strategies.layouts import layouts, world_sizes
 
 __all__ = [
     "bad_loads",
+    "bad_saves",
     "multi_checkpoint",
     "overwriting",
     "partial_loads",
@@ -124,7 +125,18 @@ def bad_loads(draw: st.DrawFn) -> Case:
     misuse = draw(st.sampled_from(kinds), label="misuse")
     if misuse == "no-checkpoint":
         return Case("refuse", 0, tensors, objects, pair, (Step("load", 1, "absent", misuse="no-checkpoint"),))
-    alone = misuse == "unknown-key" and one_in(draw, 2, "on one rank")
-    on = draw(st.integers(0, world - 1), label="rank") if alone else None
+    on = None
+    if misuse == "unknown-key" and world > 1 and not one_in(draw, 3, "on all ranks"):
+        on = draw(st.sampled_from([*range(1, world), 0]), label="rank")
     steps = (Step("save", 0), Step("load", 1, misuse=misuse, misused=number, misused_on=on))
     return Case("refuse", draw(_seeds), tensors, objects, pair, steps)
+
+
+@st.composite
+def bad_saves(draw: st.DrawFn) -> Case:
+    """Draws a case that saves a value which cannot be pickled, on all ranks; all ranks must refuse."""
+    tensors, objects = draw(contents())
+    objects = objects or (ObjectLeaf((Part("key", "unsavable"),), None),)
+    layout = draw(layouts(tensors, draw(world_sizes(scope.max_world_size), label="ranks")), label="layout")
+    number = draw(st.integers(len(tensors), len(tensors) + len(objects) - 1), label="misused leaf")
+    return Case("unsavable", 0, tensors, objects, (layout,), (Step("save", 0, misuse="unsavable", misused=number),))

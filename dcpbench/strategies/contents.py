@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 
 from dcpbench.case import ObjectLeaf, Part, TensorLeaf
-from dcpbench.strategies.values import dtypes, keys, shapes, values
+from dcpbench.strategies.values import alike, dtypes, keys, shapes, values
 
 __all__ = ["contents", "leaf_paths", "scope"]
 
@@ -97,7 +97,8 @@ def contents(draw: st.DrawFn) -> tuple[tuple[TensorLeaf, ...], tuple[ObjectLeaf,
     tensors = []
     for path in paths[:num_tensors]:
         tensors.append(draw(_tensors(path, tensors)))
-    return tuple(tensors), tuple(ObjectLeaf(path, draw(values(), label="value")) for path in paths[num_tensors:])
+    kind = alike() if one_in(draw, 8, "alike") else values()
+    return tuple(tensors), tuple(ObjectLeaf(path, draw(kind, label="value")) for path in paths[num_tensors:])
 
 
 @st.composite

@@ -17,7 +17,8 @@ _COMPLEX_FORMS: tuple[MemoryForm, ...] = ("contiguous", "conjugated", "transpose
 
 def world_sizes(max_world_size: int) -> st.SearchStrategy[int]:
     """Returns a strategy for world sizes from 1 to ``max_world_size``. Shrinks towards 1."""
-    return st.integers(1, max_world_size)
+    several = range(2, max_world_size + 1)
+    return st.sampled_from([1, *several, *several])
 
 
 def meshes(world_size: int, *, any_order: bool = True) -> st.SearchStrategy[Mesh]:
@@ -28,7 +29,8 @@ def meshes(world_size: int, *, any_order: bool = True) -> st.SearchStrategy[Mesh
     """
 
     def over(ranks: Sequence[int]) -> st.SearchStrategy[Mesh]:
-        options = _factorings(len(ranks))
+        flat, *others = _factorings(len(ranks))
+        options = [flat, *others, *[flat] * max(1, len(others))]
         return st.sampled_from(options).map(lambda sizes: Mesh(_AXES[: len(sizes)], sizes, tuple(ranks)))
 
     in_order = over(range(world_size))
@@ -49,7 +51,7 @@ def _factorings(number: int) -> list[tuple[int, ...]]:
             rest = number // first
             found.append((first, rest))
             found += [(first, second, rest // second) for second in range(1, rest + 1) if rest % second == 0]
-    return sorted(found, key=lambda sizes: (len(sizes), sizes.count(1)))
+    return sorted(found, key=lambda sizes: (len(sizes), sizes.count(1), len(set(sizes))))
 
 
 def placements(num_dims: int, mesh: Mesh, *, strided: bool = True) -> st.SearchStrategy[tuple[Placement, ...]]:
@@ -60,16 +62,15 @@ def placements(num_dims: int, mesh: Mesh, *, strided: bool = True) -> st.SearchS
     towards Shard(0) on each axis, which splits, rather than towards Replicate().
     """
     cuts = [Placement(dim) for dim in range(num_dims)]
-    plain = st.sampled_from([*cuts, Placement()])
+    plain = st.sampled_from([*cuts, *cuts[:1], Placement()])
     if not strided or not cuts:
         return st.tuples(*[plain] * len(mesh.axes))
     factors = sorted({*(size for size in mesh.sizes if size > 1), 2, 3})
     bent = st.builds(Placement, st.integers(0, num_dims - 1), st.sampled_from(factors))
-    return st.one_of(
-        st.tuples(*[plain] * len(mesh.axes)),
-        st.tuples(*[plain] * len(mesh.axes)).map(lambda drawn: _as_fsdp_over_tp(drawn, mesh)),
-        st.tuples(*[st.one_of(plain, plain, bent)] * len(mesh.axes)),
-    )
+    unbent = st.tuples(*[plain] * len(mesh.axes))
+    as_fsdp_over_tp = unbent.map(lambda drawn: _as_fsdp_over_tp(drawn, mesh))
+    mixed = st.tuples(*[st.one_of(plain, plain, bent)] * len(mesh.axes))
+    return st.sampled_from([unbent] * 4 + [as_fsdp_over_tp] * 2 + [mixed]).flatmap(lambda drawn: drawn)
 
 
 def _as_fsdp_over_tp(drawn: tuple[Placement, ...], mesh: Mesh) -> tuple[Placement, ...]:

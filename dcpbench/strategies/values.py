@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dcpbench import objects
 from dcpbench.content import DTYPES
 
-__all__ = ["dtypes", "keys", "shapes", "values"]
+__all__ = ["alike", "dtypes", "keys", "shapes", "values"]
 
 MAX_LEAF_ELEMENTS = 2048
 
@@ -27,7 +27,7 @@ def shapes(max_dims: int = 4) -> st.SearchStrategy[tuple[int, ...]]:
 
     A shape has at most 2048 elements: further dims are cut to what is left. Shrinks towards one dim of 5.
     """
-    few_dims = st.sampled_from([1, 2, 0, 3, 4][: max_dims + 1] if max_dims >= 1 else [0])
+    few_dims = st.sampled_from([n for n in (1, 2, 1, 2, 0, 3, 3, 4) if n <= max_dims])
     return few_dims.flatmap(lambda n: st.tuples(*[st.sampled_from(_SIZES)] * n)).map(_cut)
 
 
@@ -39,11 +39,21 @@ def _cut(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(held)
 
 
+_EXTREMES = (
+    *(2**53 + 1, -(2**63) - 1, 2**64, 1, 0, True, False),
+    *(math.nan, -math.nan, -0.0, 0.0, 1.0, math.inf, -math.inf, 5e-324),
+    *("", "\0", "ключ", "\U0001f600", "1", "None"),
+    *(b"", b"\0x", b"a\0b", b"x\0"),
+)
+"""What formats not made for Python values get wrong: limits of double and int64, kinds of zero and of nothing."""
+
+
 def values() -> st.SearchStrategy[object]:
     """Returns a strategy for values that are no tensors, encoded by :mod:`dcpbench.objects`.
 
     No dict stands at the top or within lists: DCP takes those for parts of the state dict. Shrinks towards None.
     """
+    extremes = st.sampled_from(_EXTREMES)
     scalars = st.one_of(
         st.none(),
         st.integers(-3, 3),
@@ -54,6 +64,8 @@ def values() -> st.SearchStrategy[object]:
         st.binary(max_size=8),
         st.complex_numbers(),
         st.sampled_from([70_000, 4096]).map(bytes),
+        extremes,
+        extremes,
     )
     inside_tuples = st.recursive(
         scalars,
@@ -69,7 +81,13 @@ def values() -> st.SearchStrategy[object]:
         ),
         max_leaves=6,
     )
-    return plain.map(objects.encode)
+    lists = st.lists(extremes, min_size=1, max_size=4)
+    return st.one_of(scalars, plain, lists, lists.map(tuple)).map(objects.encode)
+
+
+def alike() -> st.SearchStrategy[object]:
+    """Returns a strategy for encoded values that are equal to each other in Python and yet not the same."""
+    return st.sampled_from([1, True, 1.0, 0, False, 0.0, -0.0, 1 + 0j]).map(objects.encode)
 
 
 def keys() -> st.SearchStrategy[str]:
@@ -77,5 +95,19 @@ def keys() -> st.SearchStrategy[str]:
 
     Shrinks towards "a".
     """
-    awkward = ["0", "module.weight", "a b", "ключ", "权重", "a/b", "..", "%d", "", "__0_0.distcp", "\n", "é", "é"]
+    awkward = [
+        "0",
+        "module.weight",
+        "a b",
+        "ключ",
+        "权重",
+        "a/b",
+        "..",
+        "%d",
+        "",
+        "__0_0.distcp",
+        "\n",
+        "\u00e9",
+        "e\u0301",
+    ]
     return st.one_of(st.sampled_from(["a", "b", "weight", "bias"]), st.sampled_from(awkward), st.text(max_size=6))

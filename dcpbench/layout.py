@@ -1,0 +1,149 @@
+"""How tensors lie on ranks: meshes, placements, layouts, and the region that a rank then holds. Part of a case."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dcpbench.geometry import Region, full_region, runs_of, split, split_strided
+
+__all__ = ["Layout", "LeafLayout", "MemoryForm", "Mesh", "Placement"]
+
+MemoryForm = Literal["contiguous", "transposed", "sliced", "conjugated"]
+"""How a local tensor lies in memory: in order; with the order of its strides reversed; as a view with gaps into a
+larger storage; as a lazily conjugated view, which only complex sources are (others are contiguous then)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """A device mesh: its axes, their sizes and the ranks at its places, row-major.
+
+    ``ranks`` may be permuted, and may leave ranks of the world out: those hold nothing.
+    """
+
+    axes: tuple[str, ...]
+    sizes: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.axes) != len(self.sizes) or math.prod(self.sizes) != len(self.ranks):
+            raise ValueError(f"expected as many ranks as places but got sizes={self.sizes} ranks={self.ranks}.")
+        if len(set(self.ranks)) != len(self.ranks) or len(set(self.axes)) != len(self.axes):
+            raise ValueError(f"expected each rank and axis once but got ranks={self.ranks} axes={self.axes}.")
+
+    def coordinate(self, rank: int) -> tuple[int, ...] | None:
+        """Returns where ``rank`` stands in the mesh, or None if it is not part of it."""
+        if rank not in self.ranks:
+            return None
+        place = self.ranks.index(rank)
+        coordinate = []
+        for size in reversed(self.sizes):
+            place, at = divmod(place, size)
+            coordinate.append(at)
+        return tuple(reversed(coordinate))
+
+    def __str__(self) -> str:
+        text = " ".join(f"{axis}={size}" for axis, size in zip(self.axes, self.sizes, strict=True))
+        return text if self.ranks == tuple(range(len(self.ranks))) else f"{text} ranks={list(self.ranks)}"
+
+
+_PLACEMENT = re.compile(r"Replicate\(\)|Shard\((\d+)\)|_StridedShard\((\d+), split_factor=(\d+)\)")
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What one mesh axis does to a tensor: ``Replicate()``, ``Shard(dim)`` or a strided shard.
+
+    Attributes:
+        dim: the tensor dim that is cut; None replicates.
+        split_factor: above 1 the cut is strided, as FSDP2 over tensor parallelism makes it.
+    """
+
+    dim: int | None = None
+    split_factor: int = 1
+
+    def to_json(self) -> str:
+        return str(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Placement:
+        match = _PLACEMENT.fullmatch(data) if isinstance(data, str) else None
+        if match is None:
+            raise ValueError(
+                f"expected 'Replicate()', 'Shard(0)' or '_StridedShard(0, split_factor=2)' but got {data!r}."
+            )
+        dim, strided_dim, factor = match.groups()
+        if dim is not None:
+            return cls(int(dim))
+        return cls() if strided_dim is None else cls(int(strided_dim), int(factor))
+
+    def __str__(self) -> str:
+        if self.dim is None:
+            return "Replicate()"
+        if self.split_factor == 1:
+            return f"Shard({self.dim})"
+        return f"_StridedShard({self.dim}, split_factor={self.split_factor})"
+
+
+@dataclass(frozen=True, slots=True)
+class LeafLayout:
+    """How one tensor lies on the ranks: placements, one per mesh axis, or None for a plain tensor on every rank."""
+
+    placements: tuple[Placement, ...] | None = None
+    memory: MemoryForm = "contiguous"
+
+    def __str__(self) -> str:
+        form = "" if self.memory == "contiguous" else f" {self.memory}"
+        if self.placements is None:
+            return f"plain{form}"
+        return f"[{', '.join(map(str, self.placements))}]{form}"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the state dict lies on a world of ranks.
+
+    Attributes:
+        world_size: ranks that take part in the step.
+        mesh: the mesh of the sharded tensors.
+        leaves: one entry per tensor leaf of the case, in its order.
+        distributed: False means one process without any process group.
+    """
+
+    world_size: int
+    mesh: Mesh
+    leaves: tuple[LeafLayout, ...]
+    distributed: bool = True
+
+    def __post_init__(self) -> None:
+        if self.world_size < 1 or any(not 0 <= rank < self.world_size for rank in self.mesh.ranks):
+            raise ValueError(f"expected the mesh within the world but got {self.world_size=} ranks={self.mesh.ranks}.")
+        if not self.distributed and self.world_size != 1:
+            raise ValueError(f"expected world_size=1 without a process group but got {self.world_size}.")
+        for leaf in self.leaves:
+            if leaf.placements is not None and len(leaf.placements) != len(self.mesh.axes):
+                raise ValueError(f"expected one placement per mesh axis but got {leaf} on {self.mesh}.")
+
+    def region(self, leaf: int, shape: tuple[int, ...], rank: int) -> Region | None:
+        """Returns what ``rank`` holds of tensor ``leaf``; None if its mesh leaves the rank out.
+
+        Source: documentation of ``Shard``, ``Replicate`` and ``_StridedShard`` in ``torch.distributed.tensor``:
+        placements cut from the first mesh axis to the last, each what the ones before left over.
+        """
+        placements = self.leaves[leaf].placements
+        if placements is None:
+            return full_region(shape)
+        coordinate = self.mesh.coordinate(rank)
+        if coordinate is None:
+            return None
+        indices: list[Any] = [range(size) for size in shape]
+        for place, size, cut in zip(coordinate, self.mesh.sizes, placements, strict=True):
+            if cut.dim is None:
+                continue
+            if cut.split_factor == 1:
+                indices[cut.dim] = split(indices[cut.dim], size, place)
+            else:
+                indices[cut.dim] = split_strided(indices[cut.dim], cut.split_factor, size, place)
+        return Region(tuple(runs_of(along) for along in indices))
