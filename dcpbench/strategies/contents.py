@@ -86,7 +86,7 @@ def contents(draw: st.DrawFn) -> tuple[tuple[TensorLeaf, ...], tuple[ObjectLeaf,
     Now and then a tensor is large, expanded, a parameter, or the very same as an earlier one; now and then the tensors
     are a long list.
     """
-    num_tensors = draw(st.sampled_from([n for n in (1, 2, 3, 4, 0) if n <= scope.max_tensors]), label="tensors")
+    num_tensors = draw(st.sampled_from([n for n in (1, 2, 3, 4, 2, 3, 0) if n <= scope.max_tensors]), label="tensors")
     least = 1 if num_tensors == 0 else 0
     num_objects = draw(st.integers(least, max(least, scope.max_objects)), label="objects")
     if one_in(draw, 16, "long list"):

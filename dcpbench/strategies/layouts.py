@@ -30,7 +30,9 @@ def meshes(world_size: int, *, any_order: bool = True) -> st.SearchStrategy[Mesh
 
     def over(ranks: Sequence[int]) -> st.SearchStrategy[Mesh]:
         flat, *others = _factorings(len(ranks))
-        options = [flat, *others, *[flat] * max(1, len(others))]
+        proper = [sizes for sizes in others if 1 not in sizes] or [flat]
+        # half of all one axis, most others without axes of size 1
+        options = [flat, *others, *proper * len(others), *[flat] * (len(others) + len(proper) * len(others) - 1)]
         return st.sampled_from(options).map(lambda sizes: Mesh(_AXES[: len(sizes)], sizes, tuple(ranks)))
 
     in_order = over(range(world_size))
@@ -62,7 +64,7 @@ def placements(num_dims: int, mesh: Mesh, *, strided: bool = True) -> st.SearchS
     towards Shard(0) on each axis, which splits, rather than towards Replicate().
     """
     cuts = [Placement(dim) for dim in range(num_dims)]
-    plain = st.sampled_from([*cuts, *cuts[:1], Placement()])
+    plain = st.sampled_from([*cuts, *cuts[:1], *cuts[:1], Placement()])
     if not strided or not cuts:
         return st.tuples(*[plain] * len(mesh.axes))
     factors = sorted({*(size for size in mesh.sizes if size > 1), 2, 3})
@@ -70,7 +72,7 @@ def placements(num_dims: int, mesh: Mesh, *, strided: bool = True) -> st.SearchS
     unbent = st.tuples(*[plain] * len(mesh.axes))
     as_fsdp_over_tp = unbent.map(lambda drawn: _as_fsdp_over_tp(drawn, mesh))
     mixed = st.tuples(*[st.one_of(plain, plain, bent)] * len(mesh.axes))
-    return st.sampled_from([unbent] * 4 + [as_fsdp_over_tp] * 2 + [mixed]).flatmap(lambda drawn: drawn)
+    return st.sampled_from([unbent] * 6 + [as_fsdp_over_tp] * 2 + [mixed]).flatmap(lambda drawn: drawn)
 
 
 def _as_fsdp_over_tp(drawn: tuple[Placement, ...], mesh: Mesh) -> tuple[Placement, ...]:
