@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         from dcpbench.bench.record import check_writable
 
         check_writable(suite.settings.results)
-        if not _is_xdist_controller(config):
+        if not hasattr(config, "workerinput"):  # the controller of xdist has done it for its workers
             _check_backends(suite)
     except DcpbenchError as error:
         suite.close()
@@ -166,6 +167,19 @@ def _check_backends(suite: SuiteSession) -> None:
             raise expected("a CUDA device", "--device", "cuda", "Give --device=cpu, or run where torch sees a GPU.")
 
 
+def _check_backends_before_workers_start(suite: SuiteSession) -> None:
+    unknown = tuple(name for name in suite.settings.backends if name not in registry.KNOWN)
+    if not unknown:
+        return
+    alone = SuiteSession(replace(suite.settings, backends=unknown, world_size=1), {})
+    try:
+        _check_backends(alone)
+    except DcpbenchError as error:
+        raise pytest.UsageError(str(error)) from error
+    finally:
+        alone.close()
+
+
 def _is_xdist_controller(config: pytest.Config) -> bool:
     return bool(getattr(config.option, "numprocesses", None)) and not hasattr(config, "workerinput")
 
@@ -184,7 +198,9 @@ def check(request: pytest.FixtureRequest) -> Any:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Shows progress beside the running test where output is a terminal."""
+    """Shows progress where output is a terminal; under xdist, opens the backends once for all workers."""
+    if _is_xdist_controller(session.config):
+        _check_backends_before_workers_start(session_of(session.config))
     reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None or not reporter.isatty or _is_xdist_controller(session.config):
         return

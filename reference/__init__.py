@@ -5,6 +5,7 @@ format, and either side loads what the other saved. Every algorithm is its own.
 
     engine        the protocol: save and load as generators of collectives; `collectives` drives them
     planner       what to write and what to read: `flatten`, `layout`, `boxes`, `dedup`, `materialize`
+    async_saver   the same in the background: `staging`, `staged_copy`, `lanes`
     filesystem    where bytes go: files, threads, commit; `file_names`, `items`, `write_items`, `read_items`
     metadata      the index of a checkpoint: its invariants; `metadata_codec`, its bytes
 """
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 
+from .async_saver import async_save
 from .collectives import CheckpointException
 from .engine import load, save
 from .filesystem import FileSystemReader, FileSystemWriter
@@ -61,6 +63,7 @@ __all__ = [
     "WriteItem",
     "WriteItemType",
     "WriteResult",
+    "async_save",
     "load",
     "save",
 ]

@@ -33,8 +33,11 @@ from .items import serialize_object
 from .layout import global_size, is_checkpointable, is_sharded, is_tensor_leaf, source_tensor
 from .leaves import LeafTable, PlanningError
 from .metadata import check_metadata
+from .plan_cache import PlanCache
 
 __all__ = ["DefaultSavePlanner"]
+
+_cache = PlanCache()
 
 
 class DefaultSavePlanner(SavePlanner):
@@ -45,7 +48,8 @@ class DefaultSavePlanner(SavePlanner):
         flatten_sharded_tensors: accepted as in torch; nested ShardedTensors are always described by their own boxes.
         dedup_replicated_tensors: accepted and without effect, as in torch.
         dedup_save_to_lowest_rank: give each replica to the lowest rank that holds it, instead of balancing bytes.
-        enable_plan_caching: accepted; plans are always made anew, which gives the same checkpoint.
+        enable_plan_caching: reuse the coordinator's global plan if every rank's local plan equals the one it was made
+            from, across saves and planners of this class. Gives the same checkpoint, sooner.
     """
 
     def __init__(
@@ -54,11 +58,12 @@ class DefaultSavePlanner(SavePlanner):
         flatten_sharded_tensors: bool = True,
         dedup_replicated_tensors: bool | None = None,  # noqa: ARG002
         dedup_save_to_lowest_rank: bool = False,
-        enable_plan_caching: bool = False,  # noqa: ARG002
+        enable_plan_caching: bool = False,
     ) -> None:
         self.flatten_state_dict = flatten_state_dict
         self.flatten_sharded_tensors = flatten_sharded_tensors
         self.dedup_save_to_lowest_rank = dedup_save_to_lowest_rank
+        self._is_caching = enable_plan_caching
         self.mappings: dict[str, Any] = {}
 
     def set_up_planner(
@@ -95,6 +100,15 @@ class DefaultSavePlanner(SavePlanner):
             PlanningError: ranks disagree about a leaf.
             MetadataError: chunks overlap, leave a gap, or lie out of bounds.
         """
+        setting = (type(self), self.flatten_state_dict, self.dedup_save_to_lowest_rank)
+        found = _cache.find(setting, all_plans) if self._is_caching else None
+        plans, metadata = found if found is not None else self._plan_globally(all_plans)
+        if self._is_caching and found is None:
+            _cache.keep(setting, all_plans, plans, metadata)
+        self.global_plan, self.metadata = plans, metadata
+        return plans, metadata
+
+    def _plan_globally(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         kept = assign_replicas(all_plans, to_lowest_rank=self.dedup_save_to_lowest_rank)
         entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         plans = []
@@ -104,7 +118,6 @@ class DefaultSavePlanner(SavePlanner):
         if self.flatten_state_dict:
             metadata.planner_data = {fqn: path for plan in all_plans for fqn, path in (plan.planner_data or {}).items()}
         check_metadata(metadata, must_cover=len(all_plans) > 1)
-        self.global_plan, self.metadata = plans, metadata
         return plans, metadata
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:

@@ -86,13 +86,19 @@ def test_workers_of_xdist_have_ranks_of_their_own_and_merge_records(tmp_path):
 
 
 def test_a_failure_explains_itself_and_replays(tmp_path):
-    done = run("--profile=quick", "--backend=tests.mutants:shifted_reader", "-k", "resharding", f"--results={tmp_path}")
+    done = run(
+        "--profile=quick",
+        "--backend=tests.mutants.geometry:shifted_reader",
+        "-k",
+        "resharding",
+        f"--results={tmp_path}",
+    )
     assert done.returncode == 1
     assert re.search(r"^R101 wrong-bytes: .* differs after load on rank \d of \d$", done.stdout, re.MULTILINE)
     for label in ("at  ", "expected", "got", "saved on", "loaded on", "replay", "rule"):
         assert re.search(rf"^  {label}", done.stdout, re.MULTILINE), label
     assert "Traceback" not in done.stdout
-    file = re.search(r"dcpbench replay (\S+) --backend (\S+)", done.stdout)
+    file = re.search(r"^R101 .*?dcpbench replay (\S+) --backend", done.stdout, re.MULTILINE | re.DOTALL)
     again = subprocess.run(
         [sys.executable, "-m", "dcpbench", "replay", file[1]], capture_output=True, text=True, cwd=ROOT, check=False
     )

@@ -374,7 +374,7 @@ def test_unflattened_planners_agree_with_each_other(tmp_path):
 
 def test_planner_hooks_are_called(tmp_path):
     class Half(DefaultSavePlanner):
-        def transform_object(self, write_item, object):  # noqa: A002
+        def transform_object(self, write_item, object):
             value = super().transform_object(write_item, object)
             return value.half() if isinstance(value, torch.Tensor) else value
 
