@@ -69,7 +69,7 @@ class RunStep:
         world_size: ranks that take part; this rank's number is below it.
         backend: specification of the backend, resolved on the rank.
         root: folder under which the case's checkpoints live.
-        keeps_group: the step before it, of the same case, ran on the same ranks: they keep their process group.
+        keeps_group: the command before it ran on the same ranks and ended well on all: they keep their process group.
     """
 
     command: int

@@ -20,7 +20,8 @@ from dcpbench import codec
 from dcpbench.case import Case
 from dcpbench.known_defects import Defect, explains
 from dcpbench.messages import Call, Observation
-from dcpbench.oracle.verdict import RULE_ERRORS, RuleBrokenError, UnknownError, Verdict
+from dcpbench.oracle.judge import judge
+from dcpbench.oracle.verdict import RULE_ERRORS, Finding, RuleBrokenError, UnknownError, Verdict
 from dcpbench.ranks.pool import RankPool
 
 __all__ = ["Settings", "SuiteSession"]
@@ -158,13 +159,10 @@ class SuiteSession:
         if self.first_verdict_s is None:
             self.first_verdict_s = _seconds_since_start()
         name = run.backend if run.backend == run.load_backend else f"{run.backend} to {run.load_backend}"
-        defects = [d for backend in {run.backend, run.load_backend} for d in self.defects.get(backend, ())]
-        new = []
-        for finding in verdict.findings:
-            if (defect := explains(defects, run.case, finding)) is None:
-                new.append(finding)
-            else:
-                self.known[defect.backend, defect.id] += 1
+        new = self._unexplained(run, verdict)
+        if new and not run.has_hung:
+            verdict = self._once_more(run, verdict)
+            new = self._unexplained(run, verdict)
         status = "KNOWN" if verdict.findings and not new else verdict.status
         self.counts[self.test, name, status] += 1
         if verdict.status == "UNKNOWN":
@@ -179,6 +177,30 @@ class SuiteSession:
             error = RULE_ERRORS[new[0].rule](new[0], run.case, run.backend, replay)
             error.evidence = _evidence(run, replace(verdict, findings=tuple(new)))
             raise error
+
+    def _unexplained(self, run: _Run, verdict: Verdict) -> list[Finding]:
+        """Returns the findings that no known defect explains, and counts the others."""
+        defects = [d for backend in {run.backend, run.load_backend} for d in self.defects.get(backend, ())]
+        new = []
+        for finding in verdict.findings:
+            if (defect := explains(defects, run.case, finding)) is None:
+                new.append(finding)
+            else:
+                self.known[defect.backend, defect.id] += 1
+        return new
+
+    def _once_more(self, run: _Run, first: Verdict) -> Verdict:
+        """Runs a case that failed again, on a process group that no other case has used.
+
+        Returns:
+            The second verdict; UNKNOWN if it breaks none of the rules that the first one broke.
+        """
+        run.observations = self.pool.run(run.case, run.backend, load_backend=run.load_backend, on_fresh_group=True)
+        second = judge(run.case, run.observations)
+        rules = {finding.rule for finding in first.findings}
+        if rules & {finding.rule for finding in second.findings}:
+            return second
+        return Verdict("UNKNOWN", reason=f"not the same twice: {sorted(rules)} at first, then {second.status}")
 
     def _progress(self, backend: str) -> None:
         self._num_cases += 1

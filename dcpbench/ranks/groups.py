@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed import distributed_c10d
 
+from dcpbench.ranks import meshes
+
 __all__ = ["DefaultGroup"]
 
 _COLLECTIVE_TIMEOUT = timedelta(hours=4)
@@ -86,11 +88,11 @@ class DefaultGroup:
             self.is_broken = False
         if not dist.is_initialized():
             return
-        groups = list(distributed_c10d._world.pg_map)
+        held: list[object] = [*distributed_c10d._world.pg_map, *meshes.forget()]
         dist.destroy_process_group()
-        while groups:
+        while held:
             self._ending.acquire()
-            threading.Thread(target=self._end, args=([groups.pop()],), daemon=True).start()
+            threading.Thread(target=self._end, args=([held.pop()],), daemon=True).start()
 
     def _end(self, last: list[object]) -> None:
         """Lets go of a group. Gloo takes 10 to 20 ms to notice that its threads may end, without using the CPU."""
@@ -99,6 +101,7 @@ class DefaultGroup:
 
     def _abort(self) -> None:
         """Drops the group without waiting for what is still under way in it."""
+        meshes.forget()
         if dist.is_initialized():
             distributed_c10d._abort_process_group()
 

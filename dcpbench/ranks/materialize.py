@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
@@ -22,6 +21,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from dcpbench.case import Case, Layout, MemoryForm, Misuse, Part, Placement, Step, TensorLeaf
 from dcpbench.content import DTYPES, Bytes, overwritten
 from dcpbench.geometry import Region
+from dcpbench.ranks.meshes import mesh_of
 
 __all__ = ["NEVER_LOADED", "Built", "BuiltTensor", "build", "find", "tensor_bytes"]
 
@@ -68,7 +68,7 @@ def build(case: Case, number: int, rank: int, device: str) -> Built:
     step = case.steps[number]
     layout = case.layouts[step.layout]
     has_shards = any(leaf.placements is not None for leaf in layout.leaves)
-    maker = _Maker(case, number, rank, device, _mesh(layout, device) if has_shards else None)
+    maker = _Maker(case, number, rank, device, mesh_of(layout.mesh, device) if has_shards else None)
     tensors: list[BuiltTensor] = []
     for index in range(len(case.tensors)):
         tensors.append(maker.tensor(index, tensors))
@@ -208,22 +208,6 @@ def _view(raw: Bytes, offset: int, shape: tuple[int, ...], strides: list[int] | 
     return np.lib.stride_tricks.as_strided(
         raw[offset * size :], (*shape, size), (*(stride * size for stride in strides), 1)
     )
-
-
-def _mesh(layout: Layout, device: str) -> DeviceMesh:
-    """Returns the mesh of a layout; one of the same process group and shape serves again, as it does in a job."""
-    group = dist.group.WORLD if dist.is_initialized() else None
-    if _meshes.get("group") is not group:
-        _meshes.clear()
-        _meshes["group"] = group
-    if layout.mesh not in _meshes:
-        ranks = torch.tensor(layout.mesh.ranks).reshape(layout.mesh.sizes)
-        _meshes[layout.mesh] = DeviceMesh(device, ranks, mesh_dim_names=layout.mesh.axes)
-    return cast("DeviceMesh", _meshes[layout.mesh])
-
-
-_meshes: dict[Any, Any] = {}
-"""The process group that meshes were made in, under "group", and the meshes by what the case says of them."""
 
 
 def _placement(placement: Placement) -> TorchPlacement:

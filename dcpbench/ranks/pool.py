@@ -55,6 +55,7 @@ class RankPool:
         self._commands = count(1)
         self._cases = count(1)
         self._crew = Crew(size, device, connect_timeout_s)
+        self._connected = 0  # the world size of the group that all its ranks left in good order; 0 for none
 
     def __enter__(self) -> Self:
         self.start()
@@ -73,7 +74,9 @@ class RankPool:
         """Ends all ranks, whatever they are doing, and leaves nothing behind. The pool may be started again."""
         self._crew.close()
 
-    def run(self, case: Case, backend: str, *, load_backend: str | None = None) -> tuple[Observation, ...]:
+    def run(
+        self, case: Case, backend: str, *, load_backend: str | None = None, on_fresh_group: bool = False
+    ) -> tuple[Observation, ...]:
         """Runs the steps of ``case`` in a fresh folder and returns what each rank saw of each step.
 
         The first step in which a rank is not "ok" is the last one.
@@ -82,6 +85,7 @@ class RankPool:
             case: what to run.
             backend: specification of the backend that saves.
             load_backend: the backend that loads; None for the same.
+            on_fresh_group: the ranks make a new process group, rather than keep one that served the case before.
 
         Raises:
             UsageError: the case needs more ranks than there are.
@@ -90,12 +94,13 @@ class RankPool:
         self._check_size(case.max_world_size)
         root = self._crew.start() / f"case-{next(self._cases)}"
         root.mkdir()
+        if on_fresh_group:
+            self._connected = 0
         seen: list[Observation] = []
         try:
             for number, step in enumerate(case.steps):
                 layout = case.layouts[step.layout]
                 specification = backend if step.action == "save" else load_backend or backend
-                before = case.layouts[case.steps[number - 1].layout] if number else None
                 command = RunStep(
                     command=0,
                     world_size=layout.world_size,
@@ -104,7 +109,6 @@ class RankPool:
                     backend=specification,
                     root=str(root),
                     distributed=layout.distributed,
-                    keeps_group=before is not None and before.distributed and before.world_size == layout.world_size,
                 )
                 observations = self._step(command, continues=number > 0)
                 seen += observations
@@ -136,6 +140,9 @@ class RankPool:
     def _attempt(self, command: RunStep | Call, *, continues: bool) -> tuple[Observation, ...]:
         links = self._crew.muster(as_they_are=continues)
         command = replace(command, command=next(self._commands))
+        if isinstance(command, RunStep):
+            command = replace(command, keeps_group=command.distributed and command.world_size == self._connected)
+        self._connected = 0
         exchange = Exchange(command, links[: command.world_size])
         try:
             exchange.run(self.rank_timeout_s, self.grace_s, self.grace_after_raise_s)
@@ -152,6 +159,8 @@ class RankPool:
             raise
         if exchange.lost or exchange.hung or any(o.outcome == "unconnected" for o in observations):
             self._crew.renew()
+        elif command.distributed and all(o.outcome == "ok" for o in observations):
+            self._connected = command.world_size
         return observations
 
     def _check_size(self, world_size: int) -> None:
