@@ -42,7 +42,7 @@ was saved, or for one with a further dim, or for a checkpoint that does not exis
 it is pickled."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Part:
     """One step of the way from the state dict to a leaf: a dict key (text or int) or a list index."""
 
@@ -70,7 +70,7 @@ def fqn_of(path: tuple[Part, ...]) -> str:
     return ".".join(str(part.value) for part in path)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TensorLeaf:
     """A tensor of the state dict: where it hangs, its global shape and dtype.
 
@@ -106,7 +106,7 @@ class TensorLeaf:
         return math.prod(self.shape) * DTYPES[self.dtype]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ObjectLeaf:
     """A value of the state dict that is no tensor, held as :func:`dcpbench.objects.encode` gives it."""
 
@@ -123,7 +123,7 @@ class ObjectLeaf:
         return held if version == 0 else (version, held)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Step:
     """One action of a case.
 
@@ -150,7 +150,7 @@ class Step:
     misused_on: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Options:
     """Switches of a case.
 
@@ -161,7 +161,7 @@ class Options:
     reuse: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Case:
     """One generated run."""
 

@@ -19,7 +19,7 @@ __all__ = ["Box", "Region", "TilingFault", "full_region", "split", "split_stride
 Run = tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, order=True)
 class Box:
     """An axis-parallel region: ``offsets[d] <= index[d] < offsets[d] + sizes[d]``.
 
@@ -59,7 +59,7 @@ class Box:
         return f"offsets={self.offsets} sizes={self.sizes}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Region:
     """What one rank holds of one tensor: along each dim, the runs ``(start, length)`` of global indices, in order.
 
@@ -140,7 +140,7 @@ def runs_of(indices: Sequence[int]) -> tuple[Run, ...]:
     return tuple((start, length) for start, length in runs)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TilingFault:
     """The first reason why boxes do not tile a tensor.
 

@@ -16,7 +16,7 @@ MemoryForm = Literal["contiguous", "transposed", "sliced", "conjugated"]
 larger storage; as a lazily conjugated view, which only complex sources are (others are contiguous then)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Mesh:
     """A device mesh: its axes, their sizes and the ranks at its places, row-major.
 
@@ -52,7 +52,7 @@ class Mesh:
 _PLACEMENT = re.compile(r"Replicate\(\)|Shard\((\d+)\)|_StridedShard\((\d+), split_factor=(\d+)\)")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Placement:
     """What one mesh axis does to a tensor: ``Replicate()``, ``Shard(dim)`` or a strided shard.
 
@@ -87,7 +87,7 @@ class Placement:
         return f"_StridedShard({self.dim}, split_factor={self.split_factor})"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LeafLayout:
     """How one tensor lies on the ranks: placements, one per mesh axis, or None for a plain tensor on every rank."""
 
@@ -101,7 +101,7 @@ class LeafLayout:
         return f"[{', '.join(map(str, self.placements))}]{form}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layout:
     """How the state dict lies on a world of ranks.
 

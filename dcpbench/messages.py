@@ -1,6 +1,7 @@
 """What controller and ranks say to each other: commands one way, observations the other.
 
-All of it is plain frozen data; an `Observation` also goes to JSON, for the file that explains a failure.
+All of it is plain frozen data, without slots, since pickle fills those from Python; an `Observation` also goes to JSON,
+for the file that explains a failure.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ __all__ = [
     "ObjectObservation",
     "Observation",
     "Outcome",
-    "Phase",
     "RunStep",
     "Stop",
     "TensorObservation",
@@ -33,7 +33,7 @@ Outcome = Literal["ok", "raised", "died", "hung", "unconnected"]
 not connect to each other, so that nothing can be said of the backend."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Hello:
     """A rank reports to the controller."""
 
@@ -43,7 +43,7 @@ class Hello:
     generation: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Welcome:
     """The controller's first answer: what a rank must know before any command.
 
@@ -60,7 +60,7 @@ class Welcome:
     connect_timeout_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RunStep:
     """Run one step of a case on this rank.
 
@@ -82,7 +82,7 @@ class RunStep:
     keeps_group: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Call:
     """Run ``target`` (``package.module:function``) with ``arguments`` on each rank; what it returns is observed."""
 
@@ -93,23 +93,12 @@ class Call:
     distributed: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Stop:
     """The rank shall end."""
 
 
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """A rank enters a part of its step: connect, build, open, save or load, metadata, observe.
-
-    Of these, open, save, load and metadata are the backend's doing; the others are ours.
-    """
-
-    command: int
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ErrorReport:
     """An exception on a rank: the qualified name of its type, its text, its traceback."""
 
@@ -118,7 +107,7 @@ class ErrorReport:
     traceback: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Usage:
     """What a step cost on one rank.
 
@@ -135,7 +124,7 @@ class Usage:
     device_peak_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TensorObservation:
     """A tensor leaf after a step, as one rank found it.
 
@@ -159,7 +148,7 @@ class TensorObservation:
     asked_for: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ObjectObservation:
     """A value leaf after a step, encoded by :mod:`dcpbench.objects`.
 
@@ -174,7 +163,7 @@ class ObjectObservation:
     asked_for: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ChunkTable:
     """What the metadata of a checkpoint says of one tensor."""
 
@@ -184,12 +173,13 @@ class ChunkTable:
     chunks: tuple[Box, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Observation:
     """What one rank saw of one step.
 
     Attributes:
-        phase: the last part of the step that the rank entered.
+        phase: the last part of the step that the rank entered: connect, build, open, save or load, metadata, observe.
+            Of these, open, save, load and metadata are the backend's doing; the others are ours.
         error: what it raised, or for a lost or hung rank what is known of the cause.
         stacks: Python stacks of all threads of the rank, where it was stopped or others were.
         tensors, objects: the state dict after the step: what was loaded, or what a save left of its source.
@@ -216,7 +206,7 @@ class Observation:
     value: Any = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Done:
     """A rank has finished a command."""
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,7 @@ def _print_table(world_size: int, rows: list[tuple[str, float, str, Any, float]]
 def _through_pool(pool: RankPool, case: Case, trips: int) -> float:
     start = time.perf_counter()
     for _ in range(trips):
+        case = replace(case, seed=case.seed + 1)  # nothing of one trip may be of use to the next
         verdict = judge(case, pool.run(case, "torch"))
         if verdict.status != "PASS":
             raise DcpbenchError(f"The round trip that is measured did not pass: {verdict}.")

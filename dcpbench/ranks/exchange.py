@@ -12,7 +12,7 @@ from dataclasses import replace
 from multiprocessing.connection import wait
 from signal import Signals
 
-from dcpbench.messages import Call, Done, ErrorReport, Observation, Phase, RunStep
+from dcpbench.messages import Call, Done, ErrorReport, Observation, RunStep
 from dcpbench.ranks import frames
 from dcpbench.ranks.blanks import blank
 from dcpbench.ranks.link import RankLink
@@ -31,7 +31,6 @@ class Exchange:
     def __init__(self, command: RunStep | Call, links: Sequence[RankLink]) -> None:
         self._command = command
         self._links = {link.rank: link for link in links}
-        self._phases = dict.fromkeys(self._links, "")
         self._done: dict[int, Observation] = {}
         self._dumps: dict[int, str] = {}
         self._limit = ""
@@ -97,18 +96,19 @@ class Exchange:
             message = frames.unpack(payload)
         except Exception as error:  # a class that only the rank can import, or anything else
             text = f"what the rank returned cannot be read here: {type(error).__name__}: {error}"
-            seen = blank(self._command, rank, "raised", self._phases[rank])
+            seen = blank(self._command, rank, "raised", self._phase(rank))
             self._finish(rank, replace(seen, error=ErrorReport(type(error).__qualname__, text, "")))
             return
-        if isinstance(message, Phase):
-            self._phases[rank] = message.name
-        elif isinstance(message, Done):
+        if isinstance(message, Done):
             self._finish(rank, message.observation)
 
     def _finish(self, rank: int, observation: Observation) -> None:
         self._done[rank] = observation
         if self._raised is None and observation.outcome == "raised":
             self._raised = rank
+
+    def _phase(self, rank: int) -> str:
+        return self._links[rank].phase.read(self._command.command)
 
     def _ask_for_stacks(self) -> None:
         hung = self._waiting()
@@ -123,7 +123,7 @@ class Exchange:
             return replace(self._done[rank], stacks="finished") if self.hung else self._done[rank]
         printed = link.printed()
         last_output = f"\nIts last output:\n{printed}" if printed else ""
-        phase = self._phases[rank]
+        phase = self._phase(rank)
         where = f"rank {rank} (pid {link.pid}), {f'in phase {phase!r}' if phase else 'before its first phase'},"
         if rank in self.lost:
             how = _exit_text(exit_codes.get(link.pid))

@@ -61,7 +61,8 @@ def run_step(command: RunStep, rank: int, enter_phase: Callable[[str], None], de
         enter_phase("metadata")
         metadata = session.metadata(checkpoint_id)
     enter_phase("observe")
-    seen = _state(case, command.step, built)
+    with torch.no_grad():  # autograd would wrap each look at a shard
+        seen = _state(case, command.step, built)
     if step.action == "save" and rank == 0:
         seen |= {"tables": _tables(metadata), "bytes_on_storage": _size(Path(checkpoint_id))}
     return Observation(

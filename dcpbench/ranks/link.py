@@ -19,7 +19,7 @@ from dcpbench.messages import Hello
 from dcpbench.ranks import frames
 from dcpbench.ranks.lifetime import process_state
 
-__all__ = ["RankLink", "stacks_path"]
+__all__ = ["PhaseFile", "RankLink", "stacks_path"]
 
 _OUTPUT_TAIL_BYTES: Final = 4096
 _MAX_STACKS_BYTES: Final = 64 * 1024
@@ -30,6 +30,34 @@ _SETTLE_S: Final = 2.0
 def stacks_path(stacks_dir: str, generation: int, rank: int) -> Path:
     """Returns the file into which a rank dumps its stacks; known to both sides."""
     return Path(stacks_dir) / f"{generation}-{rank}.txt"
+
+
+class PhaseFile:
+    """Where a rank writes which part of which command it is in.
+
+    A file in memory, not a message: it outlives the rank, and the controller, which shares the cores with the ranks,
+    looks at it only where a rank is lost or hangs.
+    """
+
+    def __init__(self, stacks: Path) -> None:
+        self._path = stacks.with_suffix(".phase")
+        self._descriptor = -1
+
+    def write(self, command: int, phase: str) -> None:
+        if self._descriptor < 0:
+            self._descriptor = os.open(self._path, os.O_CREAT | os.O_WRONLY, 0o600)
+        os.pwrite(self._descriptor, f"{command} {phase:<40}".encode(), 0)
+
+    def read(self, command: int) -> str:
+        """Returns the last phase of ``command`` that the rank entered; "" if it entered none."""
+        try:
+            number, phase = self._path.read_text(encoding="ascii").split()
+        except (OSError, ValueError):
+            return ""
+        return phase if int(number) == command else ""
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
 
 
 class RankLink:
@@ -44,6 +72,7 @@ class RankLink:
         self.life = os.pidfd_open(hello.pid)
         self._printed = bytearray()
         self._stacks = stacks_path(stacks_dir, hello.generation, hello.rank)
+        self.phase = PhaseFile(self._stacks)
         self._has_ended_talking = False
 
     @property
@@ -146,3 +175,4 @@ class RankLink:
         os.close(self.life)
         with contextlib.suppress(FileNotFoundError):
             self._stacks.unlink()
+        self.phase.remove()

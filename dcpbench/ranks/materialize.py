@@ -148,6 +148,7 @@ class _Maker:
                 return _allocate(data, row.shape, leaf.dtype, memory, self.device, guard_bytes=0).expand(region.shape)
             data = case.expected_bytes(index, step.version, region)
             if memory == "conjugated" and leaf.dtype in _CONJUGABLE:
+                data = data.copy()
                 data[:, -1] ^= 0x80  # the sign of the imaginary part, which the view turns again
                 return _allocate(data, region.shape, leaf.dtype, memory, self.device, guard_bytes=0).conj()
             return _allocate(data, region.shape, leaf.dtype, memory, self.device, guard_bytes=0)
@@ -169,7 +170,7 @@ class _Maker:
             requires_grad = self.case.tensors[index].requires_grad
             local = torch.empty(0, dtype=dtype, device=self.device, requires_grad=requires_grad)
         # as distribute_tensor ends; from_local would take an empty shape, that of a 0-d tensor, for none at all
-        meta = TensorMeta(torch.Size(shape), torch.empty(shape, device="meta").stride(), dtype)
+        meta = TensorMeta(torch.Size(shape), _contiguous_stride(shape), dtype)
         spec = DTensorSpec(self.mesh, tuple(_placement(p) for p in placements), tensor_meta=meta)
         return DTensor(local.detach(), spec, requires_grad=local.requires_grad)  # type: ignore[no-untyped-call]
 
@@ -208,6 +209,10 @@ def _view(raw: Bytes, offset: int, shape: tuple[int, ...], strides: list[int] | 
     return np.lib.stride_tricks.as_strided(
         raw[offset * size :], (*shape, size), (*(stride * size for stride in strides), 1)
     )
+
+
+def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(max(1, size) for size in shape[dim + 1 :]) for dim in range(len(shape)))
 
 
 def _placement(placement: Placement) -> TorchPlacement:

@@ -17,6 +17,7 @@ from dcpbench.ranks.lifetime import LAUNCHER_VARIABLE, die_with_parent
 __all__: list[str] = []
 
 _MODULES: Final = (
+    "torch._dynamo",  # the first DTensor would have every rank import it
     "torch.distributed.checkpoint",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.elastic.multiprocessing.errors",

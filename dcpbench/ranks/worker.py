@@ -1,6 +1,6 @@
 """Runs on a rank: the program of one rank, from its greeting to its end.
 
-    connect -> Hello -> Welcome -> { command -> Phase … -> Done } …
+    connect -> Hello -> Welcome -> { command -> Done } …
 
 The main thread serves commands. A second one only watches the controller, so that the rank ends with it even while the
 main thread is blocked in a collective.
@@ -22,12 +22,12 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Final
 
-from dcpbench.messages import Call, Done, ErrorReport, Hello, Observation, Phase, RunStep, Welcome
+from dcpbench.messages import Call, Done, ErrorReport, Hello, Observation, RunStep, Welcome
 from dcpbench.ranks import frames
 from dcpbench.ranks.address import KEY_VARIABLE, OutputOf, connect
 from dcpbench.ranks.blanks import blank, bounded
 from dcpbench.ranks.lifetime import die_with_parent
-from dcpbench.ranks.link import stacks_path
+from dcpbench.ranks.link import PhaseFile, stacks_path
 
 if TYPE_CHECKING:
     from dcpbench.ranks.groups import DefaultGroup
@@ -52,21 +52,23 @@ def serve(address: str, generation: int) -> None:
     _send_output_to_controller(address, key, rank, generation)
     threading.Thread(target=_end_with_controller, args=(messages,), daemon=True).start()
     sys.path[:] = welcome.sys_path
-    with stacks_path(welcome.stacks_dir, generation, rank).open("w") as stacks:
+    path = stacks_path(welcome.stacks_dir, generation, rank)
+    with path.open("w") as stacks:
         faulthandler.enable(stacks)
         faulthandler.register(signal.SIGUSR1, stacks)
         # Elastic sends SIGTERM to all as soon as one rank is lost. What the others make of the loss is evidence; the
         # controller ends them when it has it. A handler, unlike SIG_IGN, is not inherited by subprocesses.
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.siginterrupt(signal.SIGTERM, False)
-        _Rank(rank, messages, welcome).serve_commands()
+        _Rank(rank, messages, welcome, PhaseFile(path)).serve_commands()
 
 
 class _Rank:
-    def __init__(self, rank: int, messages: Connection, welcome: Welcome) -> None:
+    def __init__(self, rank: int, messages: Connection, welcome: Welcome, phases: PhaseFile) -> None:
         self._rank = rank
         self._messages = messages
         self._welcome = welcome
+        self._phases = phases
         self._phase = ""
 
     @functools.cached_property
@@ -102,7 +104,7 @@ class _Rank:
     def _run(self, number: int, command: RunStep | Call, seen: Observation) -> Observation:
         def enter_phase(name: str) -> None:
             self._phase = name
-            self._messages.send_bytes(frames.pack(number, Phase(number, name)))
+            self._phases.write(number, name)
 
         if command.distributed:
             enter_phase("connect")
