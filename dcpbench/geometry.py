@@ -131,6 +131,8 @@ def split_strided(indices: Sequence[int], split_factor: int, num_parts: int, par
 
 def runs_of(indices: Sequence[int]) -> tuple[Run, ...]:
     """Returns the maximal runs of consecutive indices, in the given order."""
+    if isinstance(indices, range):
+        return ((indices.start, len(indices)),) if indices else ()
     runs: list[list[int]] = []
     for index in indices:
         if runs and runs[-1][0] + runs[-1][1] == index:

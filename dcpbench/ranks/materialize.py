@@ -193,7 +193,8 @@ def _allocate(
     raw = np.full(num_elements * size + 2 * guard_bytes, PATTERN, dtype=np.uint8)
     if dtype_name == "bool":
         raw &= 1
-    offset = guard_bytes // size + (sum(s // steps for s in strides) if memory == "sliced" else 0)
+    is_inset = memory == "sliced" and math.prod(shape) > 0
+    offset = guard_bytes // size + (sum(s // steps for s in strides) if is_inset else 0)
     _view(raw, offset, shape, strides, size)[...] = data.reshape(*shape, size)
     storage = torch.from_numpy(raw).to(device).untyped_storage() if device != "cpu" else _cpu_storage(raw)
     empty = torch.empty(0, dtype=dtype, device=device)
@@ -206,9 +207,8 @@ def _cpu_storage(raw: Bytes) -> torch.UntypedStorage:
 
 
 def _view(raw: Bytes, offset: int, shape: tuple[int, ...], strides: list[int] | tuple[int, ...], size: int) -> Bytes:
-    return np.lib.stride_tricks.as_strided(
-        raw[offset * size :], (*shape, size), (*(stride * size for stride in strides), 1)
-    )
+    along = (*(stride * size for stride in strides), 1)
+    return np.ndarray((*shape, size), np.uint8, buffer=raw, offset=offset * size, strides=along)
 
 
 def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
