@@ -13,7 +13,7 @@ from dcpbench.geometry import Box
 from dcpbench.messages import ChunkTable, ErrorReport, ObjectObservation, Observation, TensorObservation
 from dcpbench.objects import encode
 from dcpbench.oracle.verdict import RULE_ERRORS, Finding, Verdict
-from dcpbench.strategies import bad_loads, multi_checkpoint, resharding, round_trips, without_process_group
+from dcpbench.strategies import cases as suite_cases
 
 
 def key(name):
@@ -35,33 +35,38 @@ def observe(case: Case, number: int, rank: int) -> Observation:
     layout = case.layouts[step.layout]
     base = Observation(rank, layout.world_size, number, step.action, "ok")
     if step.misuse != "none":
-        text = f"Missing key in checkpoint: {case.tensors[step.misused].fqn if case.tensors else ''}"
+        text = f"Missing key in checkpoint: {case.leaves[step.misused].fqn if case.leaves else ''}"
         return replace(base, outcome="raised", error=ErrorReport("RuntimeError", text, ""))
-    if step.action == "save":
-        tables = tuple(
-            ChunkTable(leaf.fqn, leaf.dtype, leaf.shape, (Box((0,) * len(leaf.shape), leaf.shape),))
-            for leaf in case.tensors
-        )
-        return replace(base, tables=tables) if rank == 0 else base
-    version = case.version_at(number) or 0
+    version, asked_for = case.version_held(number), case.asked_for(number)
     tensors = []
     for index, leaf in enumerate(case.tensors):
         region = layout.region(index, leaf.shape, rank)
-        if region is None:
+        if index not in asked_for:
+            tensors.append(TensorObservation(leaf.fqn, asked_for=False))
+        elif region is None:
             tensors.append(TensorObservation(leaf.fqn, leaf.dtype, ()))
         else:
             data = case.expected_bytes(index, version, region).tobytes()
             tensors.append(TensorObservation(leaf.fqn, leaf.dtype, region.shape, data))
-    objects = tuple(ObjectObservation(leaf.fqn, encode(leaf.value(version))) for leaf in case.objects)
-    paths = [leaf.path for leaf in (*case.tensors, *case.objects)]
+    objects = tuple(
+        ObjectObservation(leaf.fqn, encode(leaf.value(version)), asked_for=index in asked_for)
+        for index, leaf in enumerate(case.objects, len(case.tensors))
+    )
+    paths = [case.leaves[index].path for index in asked_for]
     keys = tuple(sorted("/".join(repr(part.value) for part in path) for path in paths))
-    return replace(base, tensors=tuple(tensors), objects=objects, keys=keys)
+    tables = None
+    if step.action == "save" and rank == 0:
+        tables = tuple(
+            ChunkTable(leaf.fqn, leaf.dtype, leaf.shape, (Box((0,) * len(leaf.shape), leaf.shape),))
+            for leaf in case.tensors
+        )
+    return replace(base, tensors=tuple(tensors), objects=objects, keys=keys, tables=tables)
 
 
-@pytest.mark.parametrize("strategy", [bad_loads, multi_checkpoint, resharding, round_trips, without_process_group])
-def test_a_perfect_run_passes(strategy):
+@pytest.mark.parametrize("name", suite_cases.__all__)
+def test_a_perfect_run_passes(name):
     @settings(max_examples=60)
-    @given(case=strategy())
+    @given(case=getattr(suite_cases, name)())
     def check(case):
         assert judge(case, perfect(case)) == Verdict("PASS")
 
@@ -163,6 +168,17 @@ def test_damage_to_a_tensor(changes, rule):
     assert rules_of(judge(example(), damaged(example(), 2, **changes))) == [rule]
 
 
+@pytest.mark.parametrize("changes", [{"data": bytes(512)}, {"same_tensor": False}, {"shape": None}])
+def test_a_save_that_changes_its_source(changes):
+    run = [
+        replace(seen, tensors=(replace(seen.tensors[0], **changes), *seen.tensors[1:]))
+        if (seen.step, seen.rank) == (0, 0)
+        else seen
+        for seen in perfect(example())
+    ]
+    assert rules_of(judge(example(), run)) == ["R204"]
+
+
 @pytest.mark.parametrize(
     ("encoded", "present", "rule"),
     [
@@ -175,7 +191,7 @@ def test_damage_to_a_tensor(changes, rule):
 def test_damage_to_a_value(encoded, present, rule):
     run = [
         replace(seen, objects=(ObjectObservation("step", encoded, present),))
-        if seen.objects and seen.rank == 1
+        if (seen.step, seen.rank) == (1, 1)
         else seen
         for seen in perfect(example())
     ]
@@ -183,7 +199,7 @@ def test_damage_to_a_value(encoded, present, rule):
 
 
 def test_an_added_key():
-    run = [replace(seen, keys=(*seen.keys, "'0'")) if seen.keys else seen for seen in perfect(example())]
+    run = [replace(seen, keys=(*seen.keys, "'0'")) if seen.step else seen for seen in perfect(example())]
     assert set(rules_of(judge(example(), run))) == {"R105"}
 
 
