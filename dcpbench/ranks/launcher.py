@@ -53,7 +53,9 @@ def main(home: str, address: str, num_ranks: int, controller: int) -> None:
         generations = _Generations(address, num_ranks)
         while True:
             generation = wanted.get()
-            channel.send((generation, generations.run(generation)))
+            exit_codes = generations.run(generation)
+            with contextlib.suppress(OSError):  # the controller is gone: the watching thread ends the session
+                channel.send((generation, exit_codes))
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
