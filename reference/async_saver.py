@@ -1,7 +1,8 @@
 """Saving in the background: copy the state, return to training, write.
 
     caller's thread    state_dict() of Stateful values --> stage --> future
-    background         wait for the copy --> the same protocol as `save`, step by step
+    background         wait for the copy --> the same protocol as `save`, step by step, in a thread;
+                       or the thread has each step done by another process (`process_saver`)
 
 Whatever goes wrong on a rank is carried into the protocol's first step, so that every rank's future hears of it.
 """
@@ -9,7 +10,9 @@ Whatever goes wrong on a rank is carried into the protocol's first step, so that
 from __future__ import annotations
 
 import os
+import pickle
 import warnings
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import Enum
@@ -20,10 +23,15 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 
-from .collectives import run_alone, run_on_group
-from .engine import _membership, _open_writer, save_protocol
+from .collectives import Protocol, membership, run_alone, run_on_group
+from .engine import save_protocol
 from .lanes import Lane, lane_for
-from .staging import AsyncStager, DefaultStager, StagingOptions
+from .metadata import warn_if_partial
+from .open_storage import open_writer
+from .process_saver import saving_in_process
+from .shared_arena import Arena
+from .staged_copy import staged_copy
+from .staging import AsyncStager, BlockingAsyncStager, DefaultStager, StagingOptions
 from .stateful import is_stateful
 
 __all__ = ["AsyncCheckpointerType", "AsyncSaveResponse", "async_save"]
@@ -87,14 +95,19 @@ def async_save(
 
     Source: torch.distributed.checkpoint.state_dict_saver.
     """
-    _check_type(async_checkpointer_type)
-    group, rank, world_size = _membership(process_group, no_dist)
+    is_elsewhere = _kind_of(async_checkpointer_type) is AsyncCheckpointerType.PROCESS
+    group, rank, world_size = membership(process_group, no_dist)
     lane = lane_for(group, rank, world_size)
     staged: Future[dict[str, Any]] = Future()
     staging_completion: Future[None] = Future()
     is_background = False
+    # Without a stager of the caller's, the copy is made right where the other process can take it over.
+    arena = Arena() if is_elsewhere and async_stager is None and not _stages_in_its_own_way(storage_writer) else None
+    setting = b""
     try:
-        stager = async_stager or _default_stager(storage_writer)
+        if is_elsewhere:
+            setting = pickle.dumps((checkpoint_id, storage_writer, planner, use_collectives))
+        stager = async_stager or _default_stager(storage_writer, arena)
         is_background = getattr(stager, "is_background", False)
         plain = {key: value.state_dict() if is_stateful(value) else value for key, value in state_dict.items()}
         copied = stager.stage(plain)
@@ -108,60 +121,92 @@ def async_save(
     except BaseException as error:  # An interrupt too: the other ranks are about to save, and must hear of it.
         staged.set_exception(error)
         staging_completion.set_exception(error)
-    upload = lane.submit(
-        lambda: _save_staged(
-            staged,
+
+    def make_protocol() -> Protocol[Metadata]:
+        if is_elsewhere:
+            return saving_in_process(lane, staged, arena, setting, use_collectives=use_collectives)
+        return _saving_here(
             lane,
-            checkpoint_id=checkpoint_id,
-            storage_writer=storage_writer,
+            staged,
+            open_storage=lambda: open_writer(storage_writer, checkpoint_id),
             planner=planner,
             use_collectives=use_collectives,
         )
-    )
+
+    upload = lane.submit(lambda: _run(make_protocol(), lane, is_whole=use_collectives))
     return AsyncSaveResponse(staging_completion, upload) if is_background else upload
 
 
-def _save_staged(
-    staged: Future[dict[str, Any]],
+def _saving_here(
     lane: Lane,
+    staged: Future[dict[str, Any]],
     *,
-    checkpoint_id: str | os.PathLike[str] | None,
-    storage_writer: StorageWriter | None,
+    open_storage: Callable[[], StorageWriter],
     planner: SavePlanner | None,
     use_collectives: bool,
-) -> Metadata:
+) -> Protocol[Metadata]:
     state: dict[str, Any] = {}
 
-    def open_storage() -> StorageWriter:
+    def open_once_staged() -> StorageWriter:
         # The first thing that the protocol does, before it looks at the state.
         state.update(staged.result())
-        return _open_writer(storage_writer, checkpoint_id)
+        return open_storage()
 
-    protocol = save_protocol(
+    return save_protocol(
         state,
         rank=lane.rank,
         world_size=lane.world_size,
-        open_storage=open_storage,
+        open_storage=open_once_staged,
         planner=planner,
         use_collectives=use_collectives,
+        asks_stateful=False,
     )
-    return run_alone(protocol) if lane.group is None else run_on_group(protocol, lane.group)
 
 
-def _default_stager(storage_writer: StorageWriter | None) -> AsyncStager:
+def _run(protocol: Protocol[Metadata], lane: Lane, *, is_whole: bool) -> Metadata:
+    if lane.group is not None:
+        return run_on_group(protocol, lane.group)
+    metadata = run_alone(protocol)
+    if is_whole:
+        warn_if_partial(metadata)
+    return metadata
+
+
+class _ArenaStager(BlockingAsyncStager):
+    """Copies into an arena."""
+
+    def __init__(self, arena: Arena) -> None:
+        super().__init__()
+        self._arena = arena
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        copied: dict[str, Any] = staged_copy(state_dict, allocate=self._arena.allocate)
+        return copied
+
+
+def _stages_in_its_own_way(storage_writer: StorageWriter | None) -> bool:
+    if not isinstance(storage_writer, AsyncStager):
+        return False
+    # The stage() of torch's writers and of ours is an ordinary copy.
+    return not type(storage_writer).stage.__module__.startswith((__package__ + ".", "torch.distributed.checkpoint."))
+
+
+def _default_stager(storage_writer: StorageWriter | None, arena: Arena | None) -> AsyncStager:
+    if arena is not None:
+        return _ArenaStager(arena)
     if isinstance(storage_writer, AsyncStager):
         return storage_writer
     return DefaultStager(StagingOptions(False, False, False, False))
 
 
-def _check_type(value: Any) -> None:
+def _kind_of(value: Any) -> AsyncCheckpointerType:
     # By value, so that torch's own enumeration is understood too.
-    kind = getattr(value, "value", value)
-    if kind != AsyncCheckpointerType.THREAD.value:
+    try:
+        return AsyncCheckpointerType(getattr(value, "value", value))
+    except ValueError as error:
         raise ValueError(
-            f"Expected AsyncCheckpointerType.THREAD but got async_checkpointer_type={value!r}. Saving in a separate "
-            "process is not supported."
-        )
+            f"Expected AsyncCheckpointerType.THREAD or .PROCESS but got async_checkpointer_type={value!r}."
+        ) from error
 
 
 def _synchronize(stager: AsyncStager) -> None:

@@ -102,24 +102,24 @@ class BroadcastingTorchSaveReader(StorageReader):
                 )
         return plan
 
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+    def prepare_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         """Read the file, check it against every rank's plan, and tell all ranks what will be sent. Coordinator only.
 
         Raises:
             PlanningError: the file lacks a tensor, or holds it in another shape.
             ValueError: the load is not on the default group.
         """
-        if len(plans) > 1 and len(plans) != dist.get_world_size():
+        if len(global_plan) > 1 and len(global_plan) != dist.get_world_size():
             raise ValueError(
                 f"Expected a load on all {dist.get_world_size()} ranks of the default group, or on one process alone, "
-                f"but got {len(plans)} ranks. Leave process_group out."
+                f"but got {len(global_plan)} ranks. Leave process_group out."
             )
         assert self.checkpoint_id is not None
         held = torch.load(self.checkpoint_id, map_location="cpu", weights_only=False)
         self._tensors = {**flatten(held).leaves, **held}
-        parcels = tuple(self._parcel(fqn, plans) for fqn in _names(plans))
-        route = _Route(parcels, is_shared=len(plans) > 1)
-        return [replace(plan, storage_data=route) for plan in plans]
+        parcels = tuple(self._parcel(fqn, global_plan) for fqn in _names(global_plan))
+        route = _Route(parcels, is_shared=len(global_plan) > 1)
+        return [replace(plan, storage_data=route) for plan in global_plan]
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Send or receive each tensor and fill what `plan` names. All ranks of the default group.

@@ -26,10 +26,14 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from .gc_pause import gc_paused
+from .wire import dumps
+
 __all__ = [
     "Abort",
     "Broadcast",
     "CheckpointException",
+    "FailedElsewhereError",
     "Failure",
     "Gather",
     "Message",
@@ -38,6 +42,8 @@ __all__ = [
     "Request",
     "Scatter",
     "attempt",
+    "checked_coordinator",
+    "membership",
     "pack",
     "run_alone",
     "run_on_group",
@@ -109,22 +115,63 @@ Request = Gather | Scatter | Broadcast
 Protocol = Generator[Request, Any, T]
 
 
+class FailedElsewhereError(BaseException):
+    """Raised by an action whose work was done in another process and failed there; `attempt` returns that failure."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure)
+        self.failure = failure
+
+
+def membership(group: dist.ProcessGroup | None, no_dist: bool = False) -> tuple[dist.ProcessGroup | None, int, int]:
+    """Return the group, this rank in it, and how many ranks it has; `(None, 0, 1)` for a process that acts alone.
+
+    Raises:
+        ValueError: this rank is not in the group.
+    """
+    if no_dist or not dist.is_available() or not dist.is_initialized():
+        return None, 0, 1
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError(
+            f"Expected a process_group that this rank belongs to but got {group!r} on rank {dist.get_rank()}. "
+            "Only members of the group may call this."
+        )
+    return group, rank, dist.get_world_size(group)
+
+
+def checked_coordinator(coordinator_rank: int, world_size: int) -> int:
+    """Return the coordinator's rank: `coordinator_rank`, or 0 for a process that acts alone.
+
+    Raises:
+        ValueError: the group has no such rank.
+    """
+    if world_size == 1:
+        return COORDINATOR
+    if not 0 <= coordinator_rank < world_size:
+        raise ValueError(f"Expected a rank of a group of {world_size} but got coordinator_rank={coordinator_rank!r}.")
+    return coordinator_rank
+
+
 def attempt(rank: int, step: str, action: Callable[[], Any]) -> Ok | Failure:
     """Return the outcome of `action`; an interrupt or `SystemExit` is one too, since others wait for this rank."""
     try:
         return Ok(action())
+    except FailedElsewhereError as elsewhere:
+        return elsewhere.failure
     except BaseException as error:
         _note(error, f"(step {step!r} on rank {rank})")
         return Failure(rank, step, error, _plain_trace(error))
 
 
+@gc_paused()
 def pack(message: Message, rank: int, step: str) -> tuple[bytes, Message]:
     """Return the bytes of `message`, and the message that these bytes stand for.
 
     They differ if `message` cannot be pickled: what is sent then is a failure of `rank`.
     """
     try:
-        return pickle.dumps(_to_wire(message)), message
+        return dumps(_to_wire(message)), message
     except BaseException as error:
         refusal = TypeError(f"Expected a message that can be pickled but got {_text(error)}.")
         _note(refusal, f"(step {step!r} on rank {rank})")
@@ -132,6 +179,7 @@ def pack(message: Message, rank: int, step: str) -> tuple[bytes, Message]:
         return pickle.dumps(_to_wire(failed)), failed
 
 
+@gc_paused()
 def unpack(raw: bytes, rank: int, step: str) -> Message:
     """Return the message in `raw`; if it cannot be read here, a failure of `rank`."""
     try:
@@ -161,56 +209,65 @@ def run_alone(protocol: Protocol[T]) -> T:
         return result
 
 
-def run_on_group(protocol: Protocol[T], group: dist.ProcessGroup | None) -> T:
+def run_on_group(protocol: Protocol[T], group: dist.ProcessGroup | None, coordinator: int = COORDINATOR) -> T:
     """Drive one protocol on `group` (None: the default group); all of its ranks must call this.
 
     Works on any backend with object collectives; with NCCL each rank must have set its own current device.
+
+    Args:
+        protocol: this rank's part.
+        group: whose ranks take part.
+        coordinator: its rank in `group`.
     """
-    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    coordinator = dist.get_global_rank(group, COORDINATOR) if group is not None else COORDINATOR
+    wire = _Wire(group, coordinator)
     answer: Any = None
     try:
         while True:
             request = protocol.send(answer)
             match request:
                 case Gather():
-                    answer = _gather(request, rank, world_size, coordinator, group)
+                    answer = wire.gather(request)
                 case Scatter():
-                    answer = _scatter(request, rank, coordinator, group)
+                    answer = wire.scatter(request)
                 case Broadcast():
-                    answer = _broadcast(request, rank, coordinator, group)
+                    answer = wire.broadcast(request)
     except StopIteration as stop:
         result: T = stop.value
         return result
 
 
-def _gather(
-    request: Gather, rank: int, world_size: int, coordinator: int, group: dist.ProcessGroup | None
-) -> list[Message] | None:
-    raw, own = pack(request.message, rank, request.step)
-    received: list[Any] | None = [None] * world_size if rank == COORDINATOR else None
-    dist.gather_object(raw, received, dst=coordinator, group=group)
-    if received is None:
-        return None
-    return [own if i == rank else unpack(received[i], i, request.step) for i in range(world_size)]
+class _Wire:
+    """Object collectives of one group, between any coordinator and the others."""
 
+    def __init__(self, group: dist.ProcessGroup | None, coordinator: int) -> None:
+        self._group, self._coordinator = group, coordinator
+        self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
+        self._is_coordinator = self._rank == coordinator
+        self._source = dist.get_global_rank(group, coordinator) if group is not None else coordinator
 
-def _scatter(request: Scatter, rank: int, coordinator: int, group: dist.ProcessGroup | None) -> Message:
-    packed = [pack(message, COORDINATOR, request.step) for message in request.messages or ()]
-    received: list[Any] = [None]
-    to_send = [raw for raw, _ in packed] if rank == COORDINATOR else None
-    dist.scatter_object_list(received, to_send, src=coordinator, group=group)
-    return packed[rank][1] if packed else unpack(received[0], rank, request.step)
+    def gather(self, request: Gather) -> list[Message] | None:
+        raw, own = pack(request.message, self._rank, request.step)
+        received: list[Any] | None = [None] * self._world_size if self._is_coordinator else None
+        dist.gather_object(raw, received, dst=self._source, group=self._group)
+        if received is None:
+            return None
+        return [own if i == self._rank else unpack(received[i], i, request.step) for i in range(self._world_size)]
 
+    def scatter(self, request: Scatter) -> Message:
+        packed = [pack(message, self._coordinator, request.step) for message in request.messages or ()]
+        received: list[Any] = [None]
+        to_send = [raw for raw, _ in packed] if self._is_coordinator else None
+        dist.scatter_object_list(received, to_send, src=self._source, group=self._group)
+        return packed[self._rank][1] if packed else unpack(received[0], self._rank, request.step)
 
-def _broadcast(request: Broadcast, rank: int, coordinator: int, group: dist.ProcessGroup | None) -> Message:
-    if request.message is not None:
-        raw, own = pack(request.message, COORDINATOR, request.step)
-        dist.broadcast_object_list([raw], src=coordinator, group=group)
-        return own
-    received: list[Any] = [None]
-    dist.broadcast_object_list(received, src=coordinator, group=group)
-    return unpack(received[0], rank, request.step)
+    def broadcast(self, request: Broadcast) -> Message:
+        if request.message is not None:
+            raw, own = pack(request.message, self._coordinator, request.step)
+            dist.broadcast_object_list([raw], src=self._source, group=self._group)
+            return own
+        received: list[Any] = [None]
+        dist.broadcast_object_list(received, src=self._source, group=self._group)
+        return unpack(received[0], self._rank, request.step)
 
 
 @dataclass(frozen=True)

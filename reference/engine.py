@@ -7,17 +7,17 @@ Both are generators that yield collective requests (see `collectives`) and never
     load   every rank: plan --gather--> coordinator: global plan --scatter--> every rank: read
            --gather--> coordinator: all well? --broadcast--> every rank
 
-The calls to planner and storage, and their order, are torch's, so that torch's and third parties' plug in.
+The calls to planner and storage, and their order, are torch's, so that torch's and third parties' plug in. What a user
+calls (`state_dict_saver`, `state_dict_loader`) finds the group, makes one of these generators and drives it.
 """
 
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Generator
 from typing import Any
+from typing import Protocol as Interface
 
-import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
@@ -34,98 +34,29 @@ from .collectives import (
     Request,
     Scatter,
     attempt,
-    run_alone,
-    run_on_group,
 )
-from .filesystem import FileSystemReader, FileSystemWriter
+from .gc_pause import gc_paused
 from .metadata import MetadataError
 from .planner import DefaultLoadPlanner, DefaultSavePlanner
 from .stateful import is_stateful
 
-__all__ = ["load", "load_protocol", "save", "save_protocol"]
+__all__ = ["SaveActions", "conclude", "load_protocol", "save_actions", "save_protocol", "saving"]
 
 
-def save(
-    state_dict: dict[str, Any],
-    *,
-    checkpoint_id: str | os.PathLike[str] | None = None,
-    storage_writer: StorageWriter | None = None,
-    planner: SavePlanner | None = None,
-    process_group: dist.ProcessGroup | None = None,
-    no_dist: bool = False,
-    use_collectives: bool = True,
-) -> Metadata:
-    """Save `state_dict` and return the checkpoint's metadata. All ranks of the group must call this.
+class SaveActions(Interface):
+    """What one rank does in a save, between collectives; plans and results are only passed on, whatever they are."""
 
-    A rank that fails never leaves another waiting: every rank then raises the same.
+    def plan(self) -> Any:
+        """Return this rank's local plan."""
 
-    Args:
-        state_dict: values may be tensors, DTensors, objects, nested mappings and lists of these, or `Stateful`.
-        checkpoint_id: a folder, made if needed; or what `storage_writer` takes it to mean.
-        storage_writer: default: a `FileSystemWriter` on `checkpoint_id`.
-        planner: default: a `DefaultSavePlanner`.
-        process_group: default: the default group.
-        no_dist: save from this process alone, whatever is initialised.
-        use_collectives: False writes one checkpoint per rank, with its own metadata file, and no global plan.
+    def plan_all(self, plans: list[Any]) -> list[Any]:
+        """Return every rank's final plan. Coordinator only, or each rank for itself without collectives."""
 
-    Raises:
-        CheckpointException: on every rank, with each failing rank's error and traceback. It derives from
-            `BaseException`, as in torch.
+    def write(self, plan: Any) -> Any:
+        """Write, and return the results."""
 
-    Source: torch.distributed.checkpoint.state_dict_saver.
-    """
-    group, rank, world_size = _membership(process_group, no_dist)
-    protocol = save_protocol(
-        state_dict,
-        rank=rank,
-        world_size=world_size,
-        open_storage=lambda: _open_writer(storage_writer, checkpoint_id),
-        planner=planner,
-        use_collectives=use_collectives,
-    )
-    return run_alone(protocol) if world_size == 1 else run_on_group(protocol, group)
-
-
-def load(
-    state_dict: dict[str, Any],
-    *,
-    checkpoint_id: str | os.PathLike[str] | None = None,
-    storage_reader: StorageReader | None = None,
-    planner: LoadPlanner | None = None,
-    process_group: dist.ProcessGroup | None = None,
-    no_dist: bool = False,
-) -> None:
-    """Fill `state_dict` from a checkpoint, in place. All ranks of the group must call this.
-
-    Tensors keep their memory, objects are replaced in their containers, `Stateful` values get `load_state_dict`. The
-    checkpoint may come from any number of ranks and any layout. If planning fails, nothing has changed on any rank;
-    if reading fails, tensors may hold a mixture.
-
-    Args:
-        state_dict: says what to load and into what; leaves that it lacks are not loaded.
-        checkpoint_id: a folder; or what `storage_reader` takes it to mean.
-        storage_reader: default: a `FileSystemReader` on `checkpoint_id`.
-        planner: default: a `DefaultLoadPlanner`.
-        process_group: default: the default group.
-        no_dist: load in this process alone.
-
-    Raises:
-        CheckpointException: on every rank, with each failing rank's error and traceback.
-
-    Source: torch.distributed.checkpoint.state_dict_loader.
-    """
-    group, rank, world_size = _membership(process_group, no_dist)
-    protocol = load_protocol(
-        state_dict,
-        rank=rank,
-        world_size=world_size,
-        open_storage=lambda: _open_reader(storage_reader, checkpoint_id),
-        planner=planner,
-    )
-    if world_size == 1:
-        run_alone(protocol)
-    else:
-        run_on_group(protocol, group)
+    def finish(self, results: list[Any]) -> Any:
+        """Commit, and return the metadata. Where `plan_all` ran."""
 
 
 def save_protocol(
@@ -136,65 +67,128 @@ def save_protocol(
     open_storage: Callable[[], StorageWriter],
     planner: SavePlanner | None = None,
     use_collectives: bool = True,
+    coordinator: int = COORDINATOR,
+    asks_stateful: bool = True,
 ) -> Protocol[Metadata]:
     """One rank's part of a save, as a generator of collective requests that returns the metadata.
 
     Args:
         state_dict: as in `save`.
-        rank: of this part; rank 0 is the coordinator.
+        rank: of this part.
         world_size: how many parts there are.
         open_storage: gives the ready writer; called inside the first step, so that its failure reaches all ranks.
         planner: as in `save`.
         use_collectives: as in `save`.
+        coordinator: the rank that plans for all, and commits.
+        asks_stateful: whether `Stateful` values are asked for their state, or are the state.
     """
-    is_coordinator = rank == COORDINATOR
-    planner = planner if planner is not None else DefaultSavePlanner()
-    storage: Any = None
-    metadata: Any = None
+    actions = save_actions(
+        state_dict,
+        rank=rank,
+        open_storage=open_storage,
+        planner=planner,
+        use_collectives=use_collectives,
+        is_coordinator=rank == coordinator,
+        asks_stateful=asks_stateful,
+    )
+    return saving(actions, rank, world_size, use_collectives=use_collectives, coordinator=coordinator)
 
-    def local_step() -> SavePlan:
-        nonlocal storage
-        storage = open_storage()
-        plain = {key: value.state_dict() if is_stateful(value) else value for key, value in state_dict.items()}
+
+def saving(
+    actions: SaveActions,
+    rank: int,
+    world_size: int,
+    *,
+    use_collectives: bool = True,
+    coordinator: int = COORDINATOR,
+) -> Protocol[Any]:
+    """Run `actions` in step with the other ranks, and return the metadata: wherever the actions themselves run."""
+    is_coordinator = rank == coordinator
+    if use_collectives:
+        plan = yield from _plan(rank, world_size, attempt(rank, "plan", actions.plan), actions.plan_all, is_coordinator)
+        written = _then(rank, "write", plan, actions.write)
+        return (yield from conclude(rank, "write", written, actions.finish, is_coordinator))
+    own: Message = attempt(rank, "plan", lambda: actions.plan_all([actions.plan()])[0])
+    own = _then(rank, "write", _then(rank, "write", own, actions.write), lambda results: actions.finish([results]))
+    # Nobody needs another's plan, but everybody needs to know whether the checkpoint is whole.
+    yield from conclude(rank, "write", _without_value(own), lambda _: None, is_coordinator)
+    return own.value if isinstance(own, Ok) else None
+
+
+def save_actions(
+    state_dict: dict[str, Any],
+    *,
+    rank: int,
+    open_storage: Callable[[], StorageWriter],
+    planner: SavePlanner | None,
+    use_collectives: bool,
+    is_coordinator: bool,
+    asks_stateful: bool = True,
+) -> SaveActions:
+    """Return what this rank does in a save, here in this process; arguments as in `save_protocol`."""
+    return _SaveActions(
+        state_dict,
+        rank,
+        open_storage,
+        planner if planner is not None else DefaultSavePlanner(),
+        use_collectives=use_collectives,
+        is_coordinator=is_coordinator,
+        asks_stateful=asks_stateful,
+    )
+
+
+class _SaveActions:
+    def __init__(
+        self,
+        state_dict: dict[str, Any],
+        rank: int,
+        open_storage: Callable[[], StorageWriter],
+        planner: SavePlanner,
+        *,
+        use_collectives: bool,
+        is_coordinator: bool,
+        asks_stateful: bool,
+    ) -> None:
+        self._state_dict, self._rank, self._open_storage, self._planner = state_dict, rank, open_storage, planner
+        self._use_collectives, self._is_coordinator = use_collectives, is_coordinator
+        self._asks_stateful = asks_stateful
+        self._storage: Any = None
+        self._metadata: Any = None
+
+    @gc_paused()
+    def plan(self) -> SavePlan:
+        self._storage = storage = self._open_storage()
+        plain = self._state_dict
+        if self._asks_stateful:
+            plain = {key: value.state_dict() if is_stateful(value) else value for key, value in plain.items()}
+        planner, is_coordinator = self._planner, self._is_coordinator
         storage_meta = storage.storage_meta()
         if "storage_meta" in inspect.signature(planner.set_up_planner).parameters:
             planner.set_up_planner(state_dict=plain, storage_meta=storage_meta, is_coordinator=is_coordinator)
         else:
             planner.set_up_planner(plain, is_coordinator)  # type: ignore[arg-type]
         if _takes_kwargs(storage.set_up_storage_writer):
-            storage.set_up_storage_writer(is_coordinator, rank=rank, use_collectives=use_collectives)
+            storage.set_up_storage_writer(is_coordinator, rank=self._rank, use_collectives=self._use_collectives)
         else:
             storage.set_up_storage_writer(is_coordinator)
         plan: SavePlan = storage.prepare_local_plan(planner.create_local_plan())
         return plan
 
-    def global_step(plans: list[SavePlan]) -> list[SavePlan]:
-        nonlocal metadata
-        plans, metadata = planner.create_global_plan(plans)
-        prepared: list[SavePlan] = storage.prepare_global_plan(plans)
+    @gc_paused()
+    def plan_all(self, plans: list[SavePlan]) -> list[SavePlan]:
+        plans, self._metadata = self._planner.create_global_plan(plans)
+        prepared: list[SavePlan] = self._storage.prepare_global_plan(plans)
         return prepared
 
-    def write_step(plan: SavePlan) -> Any:
-        writes = storage.write_data(planner.finish_plan(plan), planner)
+    def write(self, plan: SavePlan) -> Any:
+        writes = self._storage.write_data(self._planner.finish_plan(plan), self._planner)
         writes.wait()
         return writes.value()
 
-    def finish_step(results: list[Any]) -> Metadata:
-        storage.finish(metadata=metadata, results=results)
-        finished: Metadata = metadata
+    def finish(self, results: list[Any]) -> Metadata:
+        self._storage.finish(metadata=self._metadata, results=results)
+        finished: Metadata = self._metadata
         return finished
-
-    if use_collectives:
-        plan = yield from _plan(rank, world_size, attempt(rank, "plan", local_step), global_step)
-        written = _then(rank, "write", plan, write_step)
-        saved = yield from _conclude(rank, "write", written, finish_step)
-    else:
-        own: Message = attempt(rank, "plan", lambda: global_step([local_step()])[0])
-        own = _then(rank, "write", _then(rank, "write", own, write_step), lambda results: finish_step([results]))
-        yield from _conclude(rank, "write", _without_value(own), lambda _: None)
-        saved = own.value if isinstance(own, Ok) else None
-    result: Metadata = saved
-    return result
 
 
 def load_protocol(
@@ -204,27 +198,32 @@ def load_protocol(
     world_size: int,
     open_storage: Callable[[], StorageReader],
     planner: LoadPlanner | None = None,
+    coordinator: int = COORDINATOR,
+    asks_stateful: bool = True,
 ) -> Protocol[None]:
     """One rank's part of a load, as a generator of collective requests.
 
     Args:
         state_dict: as in `load`.
-        rank: of this part; rank 0 is the coordinator.
+        rank: of this part.
         world_size: how many parts there are.
         open_storage: gives the ready reader; called inside the first step, so that its failure reaches all ranks.
         planner: as in `load`.
+        coordinator: the rank that sees all plans.
+        asks_stateful: False hands `state_dict` itself to the planner, which loads into it.
     """
-    is_coordinator = rank == COORDINATOR
+    is_coordinator = rank == coordinator
     planner = planner if planner is not None else DefaultLoadPlanner()
     storage: Any = None
-    plain: dict[Any, Any] = {}
+    plain: dict[Any, Any] = {} if asks_stateful else state_dict
     stateful: list[Any] = []
 
+    @gc_paused()
     def local_step() -> LoadPlan:
         nonlocal storage
         storage = open_storage()
         # Sorted, because a Stateful may communicate in state_dict(): all ranks must ask theirs in the same order.
-        for key in _sorted_keys(state_dict):
+        for key in _sorted_keys(state_dict) if asks_stateful else ():
             value = state_dict[key]
             if is_stateful(value):
                 stateful.append(key)
@@ -251,25 +250,30 @@ def load_protocol(
         for key in stateful:
             state_dict[key].load_state_dict(plain[key])
 
-    plan = yield from _plan(rank, world_size, attempt(rank, "plan", local_step), global_step)
-    has_stateful = yield from _conclude(rank, "read", _then(rank, "read", plan, read_step), any)
-    for key in plain.keys() - stateful:
-        if state_dict[key] is not plain[key]:
-            state_dict[key] = plain[key]
+    plan = yield from _plan(rank, world_size, attempt(rank, "plan", local_step), global_step, is_coordinator)
+    has_stateful = yield from conclude(rank, "read", _then(rank, "read", plan, read_step), any, is_coordinator)
+    # A planner may replace values, and one that knows what the checkpoint holds may have added some.
+    for key, value in plain.items():
+        if key not in stateful and (key not in state_dict or state_dict[key] is not value):
+            state_dict[key] = value
     if has_stateful:
-        yield from _conclude(rank, "apply", attempt(rank, "apply", apply_step), lambda _: None)
+        yield from conclude(rank, "apply", attempt(rank, "apply", apply_step), lambda _: None, is_coordinator)
 
 
 Step = Generator[Request, Any, Any]
 
 
 def _plan(
-    rank: int, world_size: int, local: Message, make_global: Callable[[list[Any]], list[Any]]
+    rank: int,
+    world_size: int,
+    local: Message,
+    make_global: Callable[[list[Any]], list[Any]],
+    is_coordinator: bool,
 ) -> Generator[Request, Any, Message]:
     """Turn every rank's local plan into its final plan. A failure meant for this rank alone is returned, not raised."""
     gathered = yield Gather("plan", local)
     replies: list[Message] | None = None
-    if rank == COORDINATOR:
+    if is_coordinator:
         verdict = _decide(rank, "plan", gathered, lambda plans: _one_per_rank(make_global(plans), world_size))
         replies = [Ok(plan) for plan in verdict.value] if isinstance(verdict, Ok) else [verdict] * world_size
     reply: Message = yield Scatter("plan", replies)
@@ -278,10 +282,14 @@ def _plan(
     return reply
 
 
-def _conclude(rank: int, step: str, own: Message, combine: Callable[[list[Any]], Any]) -> Step:
-    """Combine every rank's outcome on the coordinator, and return the result on all ranks."""
+def conclude(rank: int, step: str, own: Message, combine: Callable[[list[Any]], Any], is_coordinator: bool) -> Step:
+    """Combine every rank's outcome on the coordinator, and return the result on all ranks.
+
+    Raises:
+        CheckpointException: on all ranks: `own` is a failure on one of them, or `combine` fails.
+    """
     gathered = yield Gather(step, own)
-    reply: Message = yield Broadcast(step, _decide(rank, step, gathered, combine) if rank == COORDINATOR else None)
+    reply: Message = yield Broadcast(step, _decide(rank, step, gathered, combine) if is_coordinator else None)
     if isinstance(reply, Failure):
         reply = Abort(step, (reply,))
     if isinstance(reply, Abort):
@@ -341,39 +349,3 @@ def _takes_kwargs(method: Callable[..., Any]) -> bool:
 
 def _sorted_keys(state_dict: dict[str, Any]) -> list[Any]:
     return sorted(state_dict, key=lambda key: (str(key), type(key).__name__))
-
-
-def _membership(group: dist.ProcessGroup | None, no_dist: bool) -> tuple[dist.ProcessGroup | None, int, int]:
-    if no_dist or not dist.is_available() or not dist.is_initialized():
-        return None, 0, 1
-    rank = dist.get_rank(group)
-    if rank < 0:
-        raise ValueError(
-            f"Expected a process_group that this rank belongs to but got {group!r} on rank {dist.get_rank()}. "
-            "Only members of the group may call this."
-        )
-    return group, rank, dist.get_world_size(group)
-
-
-def _open_writer(writer: StorageWriter | None, checkpoint_id: str | os.PathLike[str] | None) -> StorageWriter:
-    if writer is None:
-        writer = FileSystemWriter(_local_path(checkpoint_id, "storage_writer"))
-    if checkpoint_id is not None:
-        writer.reset(checkpoint_id)
-    return writer
-
-
-def _open_reader(reader: StorageReader | None, checkpoint_id: str | os.PathLike[str] | None) -> StorageReader:
-    if reader is None:
-        reader = FileSystemReader(_local_path(checkpoint_id, "storage_reader"))
-    if checkpoint_id is not None:
-        reader.reset(checkpoint_id)
-    return reader
-
-
-def _local_path(checkpoint_id: str | os.PathLike[str] | None, argument: str) -> str | os.PathLike[str]:
-    if not checkpoint_id or "://" in str(checkpoint_id):
-        raise ValueError(
-            f"Expected a local path but got checkpoint_id={checkpoint_id!r}. Give one, or pass {argument}."
-        )
-    return checkpoint_id

@@ -2,7 +2,8 @@
 
 from torch.distributed.checkpoint.filesystem import SerializationFormat
 
+from .file_systems import FileSystem, FileSystemBase
 from .filesystem_reader import FileSystemReader
 from .filesystem_writer import FileSystemWriter
 
-__all__ = ["FileSystemReader", "FileSystemWriter", "SerializationFormat"]
+__all__ = ["FileSystem", "FileSystemBase", "FileSystemReader", "FileSystemWriter", "SerializationFormat"]

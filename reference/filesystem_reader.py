@@ -6,17 +6,20 @@ import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from ._extension import ExtensionRegistry, StreamTransformExtension
 from .file_names import is_local, metadata_path
+from .gc_pause import gc_paused
 from .metadata import MetadataError, load_metadata
 from .read_items import CheckCrc, ItemReader
+from .seals import check_file_seal, check_metadata_seal
 
 __all__ = ["FileSystemReader"]
 
@@ -26,18 +29,19 @@ class FileSystemReader(StorageReader):
 
     Args:
         path: the folder.
-        _extension_registry: accepted as in torch; items that went through a stream extension are refused.
-        check_crc: "always" checks each item's CRC, which means reading whole items; "whole" checks those that are
-            needed whole and reads only the byte ranges needed of others; "never" checks none.
+        _extension_registry: makes the stream extensions that items went through; None knows `ZStandard`.
+        check_crc: "whole" checks the CRC of each item that is needed whole, or nearly so, and reads of any other only
+            what is needed, unchecked; "always" reads and checks items whole, whatever is needed of them; "never"
+            checks none.
         trusted_classes: classes beyond DCP's own that may appear in the metadata.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
-        _extension_registry: Any = None,
+        _extension_registry: ExtensionRegistry | None = None,
         *,
-        check_crc: CheckCrc = "always",
+        check_crc: CheckCrc = "whole",
         trusted_classes: Sequence[type] = (),
     ) -> None:
         if check_crc not in ("always", "whole", "never"):
@@ -45,6 +49,7 @@ class FileSystemReader(StorageReader):
         self.path = Path(path)
         self.check_crc: CheckCrc = check_crc
         self.trusted_classes = tuple(trusted_classes)
+        self._extension_registry = ExtensionRegistry() if _extension_registry is None else _extension_registry
         self.storage_data: dict[Any, Any] = {}
         self.load_id = str(uuid.uuid4())
         self.rank: int | None = None
@@ -67,7 +72,11 @@ class FileSystemReader(StorageReader):
             MetadataError: it is damaged, or asks for anything beyond DCP's data types.
         """
         path = metadata_path(self.path, kwargs.get("rank"))
-        metadata = load_metadata(path.read_bytes(), trusted_classes=self.trusted_classes)
+        if path.exists() and not path.is_file():
+            raise MetadataError(f"Expected a file but {str(path)!r} is none.")
+        raw = path.read_bytes()
+        check_metadata_seal(raw)
+        metadata = load_metadata(raw, trusted_classes=self.trusted_classes)
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -94,16 +103,20 @@ class FileSystemReader(StorageReader):
         Raises:
             MetadataError: an item has no place in storage, or one outside the folder.
             FileNotFoundError, EOFError: a data file is missing or too short.
+            ValueError: an item went through a stream extension that is not known here.
         """
         needed: dict[str, tuple[int, str]] = {}
         for item in plan.items:
             info = self._info(item.storage_index)
+            if info.transform_descriptors:
+                self._extension_registry.from_descriptor_list(info.transform_descriptors)
             end = info.offset + info.length
             if end > needed.get(info.relative_path, (-1, ""))[0]:
                 needed[info.relative_path] = (end, item.storage_index.fqn)
         for relative_path, (end, fqn) in needed.items():
             try:
-                size = self._data_path(relative_path).stat().st_size
+                path = self._data_path(relative_path)
+                size = path.stat().st_size
             except FileNotFoundError as error:
                 raise FileNotFoundError(
                     f"Expected the data file {relative_path!r} with {fqn!r} but got none in {str(self.path)!r}."
@@ -113,6 +126,8 @@ class FileSystemReader(StorageReader):
                     f"Expected at least {end} bytes in {relative_path!r}, which holds {fqn!r}, but got {size}. "
                     "The file is cut short."
                 )
+            if path.is_file() and self.check_crc != "never":
+                check_file_seal(path)
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
@@ -121,18 +136,25 @@ class FileSystemReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Fill what `plan` names, file by file in the order of their bytes. All ranks."""
-        files: dict[str, dict[tuple[int, int], list[Any]]] = {}
-        for item in plan.items:
-            info = self._info(item.storage_index)
-            files.setdefault(info.relative_path, {}).setdefault((info.offset, info.length), []).append(item)
         assert self._metadata is not None
-        for relative_path, items in files.items():
-            with ItemReader(self._data_path(relative_path), self._metadata, planner, self.check_crc) as reader:
-                for (offset, length), reads in sorted(items.items(), key=lambda entry: entry[0]):
-                    reader.read(offset, length, reads)
+        for relative_path, items in self._by_file(plan).items():
+            path = self._data_path(relative_path)
+            with ItemReader(path, self._metadata, planner, self.check_crc, self._transform) as reader:
+                for place in sorted(items):
+                    reader.read(*items[place])
         future: Future[None] = Future()
         future.set_result(None)
         return future
+
+    @gc_paused()
+    def _by_file(self, plan: LoadPlan) -> dict[str, dict[tuple[int, int], tuple[_StorageInfo, list[ReadItem]]]]:
+        """Return what is read of each item, by file and then by the item's place in it."""
+        files: dict[str, dict[tuple[int, int], tuple[_StorageInfo, list[ReadItem]]]] = {}
+        for item in plan.items:
+            info = self._info(item.storage_index)
+            items = files.setdefault(info.relative_path, {})
+            items.setdefault((info.offset, info.length), (info, []))[1].append(item)
+        return files
 
     @property
     def checkpoint_id(self) -> str | os.PathLike[str]:
@@ -148,12 +170,14 @@ class FileSystemReader(StorageReader):
         info = self.storage_data.get(index)
         if not isinstance(info, _StorageInfo):
             raise MetadataError(f"Expected a place in storage for {index.fqn!r} at {index.offset!r} but got {info!r}.")
-        if info.transform_descriptors:
-            raise NotImplementedError(
-                f"Expected an item without stream extensions but got {index.fqn!r} "
-                f"transform_descriptors={info.transform_descriptors!r}. Load it with torch."
-            )
         return info
+
+    def _transform(self, descriptors: Sequence[str], stored: IO[bytes]) -> IO[bytes]:
+        stream = stored
+        for extension in self._extension_registry.from_descriptor_list(descriptors):
+            if isinstance(extension, StreamTransformExtension):
+                stream = extension.transform_from(stream)
+        return stream
 
     def _data_path(self, relative_path: str) -> Path:
         relative = Path(relative_path)
@@ -161,4 +185,10 @@ class FileSystemReader(StorageReader):
             raise MetadataError(
                 f"Expected a path inside the checkpoint's folder but got relative_path={relative_path!r}."
             )
-        return self.path / relative
+        path = self.path / relative
+        if not path.resolve().is_relative_to(self.path.resolve()):
+            raise MetadataError(
+                f"Expected a data file inside the checkpoint's folder but got relative_path={relative_path!r}, a link "
+                f"to {str(path.resolve())!r}. Copy the file in place of the link."
+            )
+        return path

@@ -23,9 +23,15 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from ._extension import StreamTransformExtension
 from .dedup import item_bytes
-from .file_names import DATA_FILE, METADATA, SUFFIX, is_local, metadata_path, next_generation, prefix_for
+from .file_names import DATA_FILE, METADATA, SUFFIX, metadata_path, next_generation, prefix_for
+from .file_systems import FileSystem
+from .gc_pause import gc_paused
 from .metadata import MetadataError, check_metadata, dump_metadata, load_metadata
+from .seals import sealed_metadata
+from .staging import BlockingAsyncStager
+from .wire import WriteResults
 from .write_items import write_file
 
 __all__ = ["FileSystemWriter"]
@@ -33,7 +39,7 @@ __all__ = ["FileSystemWriter"]
 DCP_VERSION = "1.0.0"
 
 
-class FileSystemWriter(StorageWriter):
+class FileSystemWriter(StorageWriter, BlockingAsyncStager):
     """Writes a checkpoint into a folder, from all ranks at once.
 
     Args:
@@ -41,11 +47,12 @@ class FileSystemWriter(StorageWriter):
         single_file_per_rank: False makes one file per item.
         sync_files: make files durable (fsync) before the checkpoint counts as committed.
         thread_count: files written at once by each rank.
-        per_thread_copy_ahead: accepted as in torch.
-        cache_staged_state_dict: accepted as in torch.
+        per_thread_copy_ahead: bytes that each thread copies at a time of a tensor that cannot be written from where it
+            lies: on a device, or not contiguous. At least 1 MiB; no more than that is ever held of such a tensor.
+        cache_staged_state_dict: as in `BlockingAsyncStager`, which this is too: `async_save` has it copy the state.
         overwrite: replace a checkpoint that is already in the folder; False refuses. If the save fails, the old one
             stays loadable.
-        _extensions: must be empty.
+        _extensions: what the bytes of each item go through on their way into the file, the first one first.
         serialization_format: must be `TORCH_SAVE`.
         trusted_classes: classes beyond DCP's own that a custom planner puts into the metadata.
     """
@@ -59,13 +66,13 @@ class FileSystemWriter(StorageWriter):
         per_thread_copy_ahead: int = 10_000_000,
         cache_staged_state_dict: bool = False,
         overwrite: bool = True,
-        _extensions: Sequence[Any] | None = None,
+        _extensions: Sequence[StreamTransformExtension] | None = None,
         serialization_format: SerializationFormat = SerializationFormat.TORCH_SAVE,
         *,
         trusted_classes: Sequence[type] = (),
     ) -> None:
-        if _extensions:
-            raise NotImplementedError(f"Expected no stream extensions but got _extensions={_extensions!r}. Omit them.")
+        if not all(isinstance(extension, StreamTransformExtension) for extension in _extensions or ()):
+            raise TypeError(f"Expected stream extensions but got _extensions={_extensions!r}.")
         if serialization_format is not SerializationFormat.TORCH_SAVE:
             raise NotImplementedError(
                 f"Expected TORCH_SAVE but got serialization_format={serialization_format!r}. Omit it."
@@ -77,9 +84,10 @@ class FileSystemWriter(StorageWriter):
         self.sync_files = sync_files
         self.thread_count = thread_count
         self.per_thread_copy_ahead = per_thread_copy_ahead
-        self.cache_staged_state_dict = cache_staged_state_dict
+        BlockingAsyncStager.__init__(self, cache_staged_state_dict)
         self.overwrite = overwrite
         self.trusted_classes = tuple(trusted_classes)
+        self._extensions = tuple(_extensions or ())
         self.rank: int | None = None
         self.use_collectives = True
         self.save_id = str(uuid.uuid4())
@@ -105,7 +113,7 @@ class FileSystemWriter(StorageWriter):
         Raises:
             FileExistsError: there is a checkpoint already and `overwrite` is False.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         if not self.overwrite and self._metadata_path().exists():
             raise FileExistsError(
                 f"Expected no checkpoint in {str(self.path)!r} but got one, with overwrite=False. "
@@ -137,7 +145,14 @@ class FileSystemWriter(StorageWriter):
         finished: list[Path] = []
 
         def write(path: Path, items: list[WriteItem]) -> list[WriteResult]:
-            results = write_file(path, items, planner, is_synced=self.sync_files)
+            results = write_file(
+                path,
+                items,
+                planner,
+                is_synced=self.sync_files,
+                copy_ahead_bytes=self.per_thread_copy_ahead,
+                extensions=self._extensions,
+            )
             finished.append(path)
             return results
 
@@ -155,9 +170,10 @@ class FileSystemWriter(StorageWriter):
                     path.unlink()
             raise
         future: Future[list[WriteResult]] = Future()
-        future.set_result([result for part in written for result in part])
+        future.set_result(WriteResults(result for part in written for result in part))
         return future
 
+    @gc_paused()
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commit: write the metadata and let it replace the old one in one step. Coordinator only.
 
@@ -168,7 +184,7 @@ class FileSystemWriter(StorageWriter):
         metadata.storage_meta = self.storage_meta()
         metadata.storage_data = {result.index: result.storage_data for part in results for result in part}
         check_metadata(metadata, must_cover=False, needs_storage=True)
-        raw = dump_metadata(metadata, trusted_classes=self.trusted_classes)
+        raw = sealed_metadata(dump_metadata(metadata, trusted_classes=self.trusted_classes))
         target = self._metadata_path()
         temporary = target.with_name(f"{target.name}.tmp")
         with temporary.open("wb") as stream:
@@ -190,8 +206,15 @@ class FileSystemWriter(StorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether `checkpoint_id` can be a folder here that this process may write."""
-        parents = Path(checkpoint_id).absolute().parents
-        return is_local(checkpoint_id) and any(p.exists() and os.access(p, os.W_OK) for p in parents)
+        return FileSystem.validate_checkpoint_id(checkpoint_id)
+
+    def _make_folder(self) -> None:
+        """Make the folder and those above it, and make their names durable: a file in a lost folder is lost too."""
+        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.sync_files:
+            for folder in missing:
+                _sync_folder(folder.parent)
 
     def _metadata_path(self) -> Path:
         return metadata_path(self.path, None if self.use_collectives else self.rank)
@@ -224,11 +247,14 @@ class FileSystemWriter(StorageWriter):
 def _split(items: list[WriteItem], num_files: int) -> list[list[WriteItem]]:
     """Return non-empty groups of about equal bytes; objects come first in each, then tensors in plan order."""
     groups: list[list[int]] = [[] for _ in range(num_files)]
-    loads = [(0, n) for n in range(num_files)]
-    for position in sorted(range(len(items)), key=lambda i: -item_bytes(items[i])):
-        load, n = loads[0]
-        groups[n].append(position)
-        heapq.heapreplace(loads, (load + item_bytes(items[position]), n))
+    if num_files == 1:
+        groups[0] += range(len(items))
+    else:
+        loads = [(0, n) for n in range(num_files)]
+        for position in sorted(range(len(items)), key=lambda i: -item_bytes(items[i])):
+            load, n = loads[0]
+            groups[n].append(position)
+            heapq.heapreplace(loads, (load + item_bytes(items[position]), n))
     return [
         [items[i] for i in sorted(group, key=lambda i: (items[i].type != WriteItemType.BYTE_IO, i))]
         for group in groups

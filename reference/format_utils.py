@@ -24,8 +24,9 @@ import torch
 
 from .broadcast_reader import BroadcastingTorchSaveReader, DynamicMetaLoadPlanner
 from .collectives import CheckpointException
-from .engine import load, save
 from .filesystem import FileSystemReader, FileSystemWriter
+from .state_dict_loader import load
+from .state_dict_saver import save
 from .whole_checkpoint import WholeLoadPlanner, WholeSavePlanner
 
 __all__ = ["BroadcastingTorchSaveReader", "DynamicMetaLoadPlanner", "dcp_to_torch_save", "torch_save_to_dcp"]

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp._flat_param import FlatParameter
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ["ModelNames", "NamedModule"]
@@ -34,9 +35,6 @@ class ModelNames:
     Args:
         model: may be wrapped, wholly or in parts. A module that occurs at two places has two names.
         modifiers: the method by which a module says which child its state dict hides, as `{name: hidden child}`.
-
-    Raises:
-        NotImplementedError: some part is wrapped in FullyShardedDataParallel (FSDP1).
 
     Source: `get_state_dict`'s documentation: the names of the model "when the module is not distributed".
     """
@@ -66,20 +64,17 @@ class ModelNames:
 
     def _visit(self, place: NamedModule) -> None:
         module = place.module
-        if isinstance(module, FullyShardedDataParallel):
-            raise NotImplementedError(
-                f"Expected fully_shard but got FullyShardedDataParallel at {place.fqn_prefix.rstrip('.')!r}."
-                " Use torch.distributed.fsdp.fully_shard, or torch's own state_dict functions."
-            )
         self.modules.append(place)
         self._fqn_prefixes.setdefault(place.key_prefix, place.fqn_prefix)
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                self.parameters.setdefault(parameter, []).append(place.fqn_prefix + name)
+                # FSDP1 may have flattened several into one.
+                inner = getattr(parameter, "_fqns", (name,)) if isinstance(parameter, FlatParameter) else (name,)
+                self.parameters.setdefault(parameter, []).extend(place.fqn_prefix + one for one in inner)
         hidden = set(getattr(module, self._modifiers)().values()) if hasattr(module, self._modifiers) else set()
         for name, child in module._modules.items():
             if child is not None:
-                in_key = not isinstance(module, ActivationWrapper) and name not in hidden
+                in_key = not isinstance(module, ActivationWrapper | FullyShardedDataParallel) and name not in hidden
                 in_fqn = in_key and not _is_wrapper(module)
                 key_prefix = place.key_prefix + (f"{name}." if in_key else "")
                 fqn_prefix = place.fqn_prefix + (f"{name}." if in_fqn else "")

@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -32,12 +34,24 @@ __all__ = [
     "meshes_of",
     "realize",
     "shard_like",
+    "travel_device",
 ]
 
 
 def current_rank() -> int:
     """Return this rank in the default group; 0 without one."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def travel_device(model: nn.Module) -> torch.device:
+    """Return where the model's tensors are, or would be; if ranks cannot exchange tensors there, where they can."""
+    tensors = list(chain(model.parameters(), model.buffers()))
+    devices = [tensor.device for tensor in tensors if not tensor.is_meta and tensor.dim()]
+    devices += [torch.device(mesh.device_type) for mesh in meshes_of(tensors)] + [torch.device("cpu")]
+    if not dist.is_initialized():
+        return devices[0]
+    possible = {one.type: one for one in dist.distributed_c10d._get_default_group()._device_types}
+    return next((device for device in devices if device.type in possible), next(iter(possible.values())))
 
 
 def map_tree(function: Callable[[Any], Any], tree: Any) -> Any:
@@ -145,6 +159,7 @@ def shard_like(name: str, full: torch.Tensor, target: torch.Tensor) -> torch.Ten
     part = torch.empty_like(target.detach(), dtype=full.dtype, device=device)
     assert isinstance(part, DTensor)
     for box in local_boxes(name, part):
+        assert box.data is not None
         box.data.copy_(full[tuple(slice(at, at + size) for at, size in zip(box.offsets, box.sizes, strict=True))])
     return part
 
@@ -216,7 +231,10 @@ def realize(prepared: Any, outline: Any, sent: list[Any], device: torch.device) 
         if isinstance(leaf, Announced):
             full = _broadcast(leaf, sent[leaf.index] if sent else None, device)
             for pending in waiting.get(leaf.index, ()):
-                done[id(pending)] = full if pending.target is None else shard_like(pending.name, full, pending.target)
+                # A copy, since on rank 0 it may be the very tensor that was given.
+                done[id(pending)] = (
+                    full.clone() if pending.target is None else shard_like(pending.name, full, pending.target)
+                )
 
     def finished(leaf: Any) -> Any:
         if not isinstance(leaf, Pending):

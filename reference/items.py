@@ -7,6 +7,7 @@ the expected head needs no parsing. Any other item goes through `torch.load(weig
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import io
 import pickle
@@ -145,11 +146,14 @@ class Frame:
 
     def tail(self, crc: int) -> bytes:
         """Return the bytes after a payload with this CRC-32."""
+        return crc.to_bytes(4, "little").join(self._tail_parts)
+
+    @functools.cached_property
+    def _tail_parts(self) -> list[bytes]:
+        """The tail without the CRC, cut where it belongs."""
         blank, positions = self._blank_tail
-        out = bytearray(blank)
-        for position in positions:
-            struct.pack_into("<L", out, position, crc)
-        return bytes(out)
+        begins = [0, *(position + 4 for position in positions)]
+        return [blank[begin:end] for begin, end in zip(begins, [*positions, len(blank)], strict=True)]
 
     @functools.cached_property
     def _blank_tail(self) -> tuple[bytes, list[int]]:
@@ -176,18 +180,14 @@ class Frame:
         out += _END_OF_DIRECTORY.pack(b"PK\x05\x06", 0, 0, count, count, directory_bytes, directory_at, 0)
         return bytes(out), positions
 
-    def stored_crc(self, descriptor: bytes) -> int | None:
-        """Return the CRC-32 that follows the payload, or None if these bytes are no descriptor of this frame."""
-        if not self.num_bytes:
-            return 0
-        if len(descriptor) != DESCRIPTOR_BYTES:
-            return None
-        magic, crc, *lengths = _DESCRIPTOR.unpack(descriptor)
-        matches = magic == b"PK\x07\x08" and lengths == [self.num_bytes] * 2
-        return int(crc) if matches else None
+    @property
+    def descriptor_bytes(self) -> int:
+        """Bytes between the payload and what follows it: its CRC and lengths; none behind an empty tensor."""
+        return _DESCRIPTOR.size if self.num_bytes else 0
 
-
-DESCRIPTOR_BYTES = _DESCRIPTOR.size
+    def descriptor(self, crc: int) -> bytes:
+        """Return these bytes for a payload with this CRC-32."""
+        return _DESCRIPTOR.pack(b"PK\x07\x08", crc, self.num_bytes, self.num_bytes) if self.num_bytes else b""
 
 
 def frame_of(dtype: torch.dtype, size: Sequence[int]) -> Frame | None:
@@ -273,11 +273,19 @@ def memory_of(tensor: torch.Tensor) -> memoryview:
     Args:
         tensor: of any dtype; a scalar gives `itemsize` bytes, an empty tensor none.
     """
-    if not tensor.numel():
+    num_bytes = tensor.nbytes
+    if not num_bytes:
         return memoryview(bytearray())
-    # not reshape(-1): a contiguous tensor may have any stride along a dim of size 1, and would keep it
-    flat = tensor.detach().as_strided((tensor.numel(),), (1,))
-    return memoryview(flat.view(torch.uint8).numpy().data)
+    # By its address: a view as numpy array, flat and of bytes, takes several times as long, which shows where tensors
+    # are small; nor does every dtype have one.
+    memory = _byte_array(num_bytes).from_address(tensor.data_ptr())
+    memory.tensor = tensor  # alive for as long as its memory is in use
+    return memoryview(memory).cast("B")
+
+
+@functools.lru_cache(maxsize=4096)
+def _byte_array(num_bytes: int) -> Any:
+    return ctypes.c_char * num_bytes
 
 
 def serialize_object(value: Any) -> io.BytesIO:
@@ -288,21 +296,37 @@ def serialize_object(value: Any) -> io.BytesIO:
     return stream
 
 
-def verify_zip(raw: bytes | bytearray | memoryview, what: str) -> None:
-    """Check the CRC of every record of a zip; bytes that are not a zip pass, since a planner may store what it likes.
+def verify_zip(raw: bytes | bytearray | memoryview, what: str, *, check_crc: bool = True) -> None:
+    """Check the CRC of every record of a zip.
+
+    Bytes that are not a zip pass, since a planner may store what it likes; so does a zip without CRCs, as torch writes
+    it if told to.
 
     Raises:
-        CorruptItemError: a record's content does not match its CRC, or the directory is damaged.
+        CorruptItemError: a record's content does not match its CRC, the directory is damaged, or a record is
+            compressed: `torch.save` compresses nothing, and a few KiB could stand for any number of GiB.
     """
     if bytes(raw[:4]) != b"PK\x03\x04":
         return
     try:
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            _refuse_compressed(archive, what)
+            if not check_crc or not any(record.CRC for record in archive.infolist()):
+                return  # written with torch.serialization.set_crc32_options(False)
             damaged = archive.testzip()
     except (zipfile.BadZipFile, struct.error, EOFError, NotImplementedError) as error:
         raise CorruptItemError(f"Expected an intact item but got {what} unreadable: {error}.") from error
     if damaged is not None:
         raise CorruptItemError(f"Expected an intact item but got {what} with a wrong CRC in record {damaged!r}.")
+
+
+def _refuse_compressed(archive: zipfile.ZipFile, what: str) -> None:
+    for record in archive.infolist():
+        if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+            raise CorruptItemError(
+                f"Expected records as they are but got {what} with record {record.filename!r} compressed, of "
+                f"{record.file_size} bytes."
+            )
 
 
 def load_tensor(raw: bytes | bytearray | memoryview, what: str) -> torch.Tensor:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 
@@ -38,6 +38,7 @@ class Lane:
         rank: this rank in the group.
         world_size: 1 for a process that saves alone.
         group: the private group; None if `world_size` is 1.
+        helper: the process that saves, once there is one; ended with this process.
     """
 
     rank: int
@@ -100,18 +101,36 @@ def lane_for(group: dist.ProcessGroup | None, rank: int, world_size: int) -> Lan
         group = dist.distributed_c10d._get_default_group()
     lane = _lanes.get(group)
     if lane is None:
-        # Local synchronisation: ranks outside the group take no part in this.
-        members = dist.get_process_group_ranks(group)
-        private = dist.new_group(members, backend="gloo", use_local_synchronization=True)
-        lane = _lanes[group] = Lane(rank, world_size, private)
+        lane = _lanes[group] = Lane(rank, world_size, _private_group(group))
     return lane
+
+
+def _private_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    members = dist.get_process_group_ranks(group)
+    if len(members) == dist.get_world_size():
+        return cast("dist.ProcessGroup", dist.new_group(members, backend="gloo"))
+    # Ranks outside the group take no part in this. Torch then names the new group after how many groups this rank
+    # knows, and members that know different numbers of them would wait for each other under different names.
+    counts: list[int] = [0] * len(members)
+    dist.all_gather_object(counts, len(dist.distributed_c10d._world.pg_names), group=group)
+    own = dist.get_rank()
+    missing = max(counts) - counts[members.index(own)]
+    padding = [dist.new_group([own], backend="gloo", use_local_synchronization=True) for _ in range(missing)]
+    private = cast("dist.ProcessGroup", dist.new_group(members, backend="gloo", use_local_synchronization=True))
+    for unused in padding:
+        dist.destroy_process_group(unused)
+    return private
 
 
 def _wait_at_exit() -> None:
     deadline = time.monotonic() + EXIT_GRACE_S
     for thread in list(_under_way):
         thread.join(max(0.0, deadline - time.monotonic()))
-    if any(thread.is_alive() for thread in _under_way):
+    is_stuck = any(thread.is_alive() for thread in _under_way)
+    for lane in [_alone, *_lanes.values()]:
+        if lane.helper is not None:
+            (lane.helper.kill if is_stuck else lane.helper.close)()
+    if is_stuck:
         sys.stderr.write(
             f"async_save: a save was still under way {EXIT_GRACE_S:g} s after the program's end and is abandoned, "
             "uncommitted. Wait for its future before the program ends.\n"

@@ -10,12 +10,14 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import add
 from typing import Any
 
 import torch
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -29,7 +31,9 @@ __all__ = [
     "is_tensor_leaf",
     "local_boxes",
     "local_runs",
+    "own_write_items",
     "source_tensor",
+    "tensor_shard",
 ]
 
 Run = tuple[int, int]
@@ -47,23 +51,41 @@ class LocalBox:
     Args:
         offsets: where the box begins in the global tensor; `()` for a scalar.
         sizes: its extent; may hold zeros only if the whole tensor is empty.
-        data: the view of the local tensor that is this box; it has shape `sizes`.
+        data: the view of the local tensor that is this box; it has shape `sizes`. None for a tensor that describes its
+            own chunks: it is asked with `tensor_shard` once the data is needed, since it may have to make them.
     """
 
     offsets: torch.Size
     sizes: torch.Size
-    data: torch.Tensor
+    data: torch.Tensor | None
 
 
 def is_checkpointable(value: Any) -> bool:
-    """Whether `value` describes its own chunks (`__create_chunk_list__` and its siblings).
+    """Whether `value` describes its own chunks: `__get_tensor_shard__` with one or both of its siblings.
 
-    A DTensor has these methods as well, with torch's own arithmetic behind them; it only counts if its local tensor
-    has them.
+    `__create_write_items__` is what saving needs, `__create_chunk_list__` what loading needs. A DTensor has these
+    methods as well, with torch's own arithmetic behind them; it only counts if its local tensor has them.
     """
     if isinstance(value, DTensor):
         value = _local_tensor(value)
-    return hasattr(value, "__create_chunk_list__") and hasattr(value, "__get_tensor_shard__")
+    return hasattr(value, "__get_tensor_shard__") and (
+        hasattr(value, "__create_chunk_list__") or hasattr(value, "__create_write_items__")
+    )
+
+
+def own_write_items(fqn: str, value: Any) -> list[WriteItem] | None:
+    """Return the write items that `value` makes itself; None if it leaves that to us."""
+    target = _local_tensor(value) if isinstance(value, DTensor) else value
+    if not is_checkpointable(value) or not hasattr(target, "__create_write_items__"):
+        return None
+    return list(target.__create_write_items__(fqn, value))
+
+
+def tensor_shard(value: Any, index: MetadataIndex) -> torch.Tensor:
+    """Return the part at `index` of a tensor that describes its own chunks."""
+    target: Any = _local_tensor(value) if isinstance(value, DTensor) else value
+    shard: torch.Tensor = target.__get_tensor_shard__(index)
+    return shard.detach()
 
 
 def is_tensor_leaf(value: Any) -> bool:
@@ -235,6 +257,12 @@ def _sharded_tensor_boxes(fqn: str, value: ShardedTensor, origin: Sequence[int])
         offsets = [a + b for a, b in zip(origin, shard.metadata.shard_offsets, strict=True)]
         if isinstance(shard.tensor, ShardedTensor):
             boxes += _sharded_tensor_boxes(fqn, shard.tensor, offsets)
+        elif isinstance(shard.tensor, DTensor):
+            boxes += [
+                LocalBox(torch.Size(map(add, offsets, box.offsets)), box.sizes, box.data)
+                for box in local_boxes(fqn, shard.tensor)
+                if math.prod(box.sizes) or math.prod(value.size()) == 0
+            ]
         elif shard.tensor.numel() or math.prod(value.size()) == 0:
             boxes.append(LocalBox(torch.Size(offsets), torch.Size(shard.tensor.size()), shard.tensor.detach()))
     return boxes
@@ -242,8 +270,11 @@ def _sharded_tensor_boxes(fqn: str, value: ShardedTensor, origin: Sequence[int])
 
 def _checkpointable_boxes(fqn: str, value: Any) -> list[LocalBox]:
     target: Any = _local_tensor(value) if isinstance(value, DTensor) else value
-    boxes = []
-    for position, chunk in enumerate(target.__create_chunk_list__()):
-        data = target.__get_tensor_shard__(MetadataIndex(fqn, chunk.offsets, position))
-        boxes.append(LocalBox(torch.Size(chunk.offsets), torch.Size(chunk.sizes), data.detach()))
-    return boxes
+    if not hasattr(target, "__create_chunk_list__"):
+        raise LayoutError(
+            f"Expected a tensor that lists its chunks but got {fqn!r}, a {type(target).__qualname__} without "
+            "__create_chunk_list__. Add that method."
+        )
+    return [
+        LocalBox(torch.Size(chunk.offsets), torch.Size(chunk.sizes), None) for chunk in target.__create_chunk_list__()
+    ]

@@ -6,15 +6,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from .flatten import FlatStateDict, Slot, flatten
-from .layout import LocalBox, is_tensor_leaf, local_boxes
+from .layout import LocalBox, is_checkpointable, is_tensor_leaf, local_boxes, tensor_shard
 
-__all__ = ["LeafTable", "PlanningError"]
+__all__ = ["HoldsLeaves", "LeafTable", "PlanningError"]
 
 
-class PlanningError(ValueError):
-    """A state dict that cannot be saved, or that does not fit the checkpoint it is loaded from."""
+class PlanningError(ValueError, RuntimeError):
+    """A state dict that cannot be saved, or that does not fit the checkpoint it is loaded from.
+
+    torch raises `ValueError` for some of this and `RuntimeError` for the rest: what catches those catches this.
+    """
 
 
 class LeafTable:
@@ -32,16 +36,17 @@ class LeafTable:
         is_nested: bool = True,
         is_whole: Callable[[str], bool] | None = None,
     ) -> None:
-        if is_nested:
-            self._flat = flatten(state_dict, is_whole=is_whole)
-        else:
-            self._flat = FlatStateDict(
-                leaves=dict(state_dict),
-                paths={fqn: (fqn,) for fqn in state_dict},
-                slots={fqn: Slot(state_dict, fqn) for fqn in state_dict},
-            )
+        self._flat = flatten(state_dict, is_whole=is_whole) if is_nested else _unnested(dict(state_dict), state_dict)
         self._boxes: dict[str, list[LocalBox]] = {}
         self._by_offset: dict[str, dict[torch.Size, LocalBox]] = {}
+        self._values: dict[str, Any] = {}  # A subclass of a planner may replace one.
+
+    @classmethod
+    def of_leaves(cls, leaves: dict[str, Any]) -> LeafTable:
+        """Return the table of leaves that are flat already, and live in the dict `leaves` itself."""
+        table = cls({})
+        table._flat = _unnested(leaves, leaves)
+        return table
 
     @property
     def leaves(self) -> dict[str, Any]:
@@ -60,9 +65,10 @@ class LeafTable:
     def boxes(self, fqn: str, value: torch.Tensor) -> list[LocalBox]:
         """Return what this rank holds of the tensor `value`."""
         found = self._boxes.get(fqn)
-        if found is None:
+        if found is None or self._values[fqn] is not value:
             found = self._boxes[fqn] = local_boxes(fqn, value)
             self._by_offset[fqn] = {box.offsets: box for box in found}
+            self._values[fqn] = value
         return found
 
     def lookup(self, leaves: Mapping[str, Any], fqn: str, offset: torch.Size | None) -> Any:
@@ -78,6 +84,8 @@ class LeafTable:
         value = leaves[fqn]
         if not is_tensor_leaf(value):
             return value
+        if is_checkpointable(value):
+            return tensor_shard(value, MetadataIndex(fqn, offset))
         boxes = self.boxes(fqn, value)
         if offset is None and len(boxes) == 1:
             return boxes[0].data
@@ -88,3 +96,27 @@ class LeafTable:
                 f"Held: {[tuple(b.offsets) for b in boxes]}."
             )
         return box.data
+
+
+class HoldsLeaves:
+    """A planner's leaves: what its `set_up_planner` made of the state dict, or what a subclass put there instead."""
+
+    state_dict: dict[str, Any]
+    _set_up_table: LeafTable | None = None
+    _other_table: LeafTable | None = None
+
+    def _table(self) -> LeafTable:
+        table = self._set_up_table
+        if table is not None and table.leaves is self.state_dict:
+            return table
+        if self._other_table is None or self._other_table.leaves is not self.state_dict:
+            self._other_table = LeafTable.of_leaves(self.state_dict)
+        return self._other_table
+
+
+def _unnested(leaves: dict[str, Any], container: Mapping[Any, Any]) -> FlatStateDict:
+    return FlatStateDict(
+        leaves=leaves,
+        paths={fqn: (fqn,) for fqn in leaves},
+        slots={fqn: Slot(container, fqn) for fqn in leaves},
+    )

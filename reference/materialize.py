@@ -24,14 +24,8 @@ def materialize(fqn: str, value: torch.Tensor) -> torch.Tensor:
     device = _device()
     if isinstance(value, DTensor):
         local = torch.empty_like(value.to_local(), device=device)
-        return DTensor.from_local(
-            local,
-            device_mesh=value.device_mesh,
-            placements=value.placements,
-            run_check=False,
-            shape=value.size(),
-            stride=value.stride(),
-        )
+        # With the spec of its own, which knows more than placements: the order in which mesh axes cut a dim.
+        return DTensor(local, value._spec, requires_grad=value.requires_grad)  # type: ignore[no-untyped-call]
     return torch.empty_like(value, device=device)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 
 from torch.distributed.checkpoint.metadata import (
@@ -15,6 +17,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from .boxes import find_tiling_fault, is_in_bounds
+from .indices import new_index
 from .metadata_codec import MetadataError, dump_metadata, load_metadata
 
 __all__ = [
@@ -29,6 +32,8 @@ __all__ = [
     "check_metadata",
     "dump_metadata",
     "load_metadata",
+    "metadata_faults",
+    "warn_if_partial",
 ]
 
 _MAX_FAULTS_SHOWN = 5
@@ -45,29 +50,63 @@ def check_metadata(metadata: Metadata, *, must_cover: bool = True, needs_storage
     Raises:
         MetadataError: with every fault's tensor, chunks and indices (the first few, and how many more).
     """
-    faults: list[str] = []
-    for fqn, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, TensorStorageMetadata):
-            faults += _chunk_faults(fqn, entry, must_cover)
-        if needs_storage:
-            indices = (
-                [MetadataIndex(fqn, chunk.offsets) for chunk in entry.chunks]
-                if isinstance(entry, TensorStorageMetadata)
-                else [MetadataIndex(fqn)]
-            )
-            stored = metadata.storage_data or {}
-            faults += [
-                f"{fqn!r} has no storage data for the chunk at {_spell(index.offset)}"
-                for index in indices
-                if index not in stored
-            ]
+    faults = metadata_faults(metadata, must_cover=must_cover)
+    if needs_storage:
+        faults += _missing_in_storage(metadata)
     if faults:
         more = len(faults) - _MAX_FAULTS_SHOWN
         shown = "; ".join(faults[:_MAX_FAULTS_SHOWN]) + (f"; and {more} more" if more > 0 else "")
         raise MetadataError(f"Expected chunks that tile each tensor exactly but got: {shown}.")
 
 
+def metadata_faults(metadata: Metadata, *, must_cover: bool = True) -> list[str]:
+    """Return what `check_metadata` would raise, one sentence per tensor; empty if all is well."""
+    faults: list[str] = []
+    for fqn, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            faults += _chunk_faults(fqn, entry, must_cover)
+    return faults
+
+
+def warn_if_partial(metadata: Metadata, *, stacklevel: int = 2) -> None:
+    """Warn of tensors of which this checkpoint holds a part only: sharded ones that one process saved alone.
+
+    Args:
+        metadata: as one process made it for itself, without collectives.
+        stacklevel: as in `warnings.warn`.
+    """
+    partial = [
+        fqn
+        for fqn, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+        and sum(math.prod(chunk.sizes) for chunk in entry.chunks) < math.prod(entry.size)
+    ]
+    if partial:
+        more = len(partial) - _MAX_FAULTS_SHOWN
+        shown = ", ".join(map(repr, partial[:_MAX_FAULTS_SHOWN])) + (f" and {more} more" if more > 0 else "")
+        warnings.warn(
+            f"Only this process's part of {shown} was saved, since it saved alone: the checkpoint is incomplete. "
+            "Call save on all ranks, without no_dist.",
+            stacklevel=stacklevel,
+        )
+
+
+def _missing_in_storage(metadata: Metadata) -> list[str]:
+    stored = metadata.storage_data or {}
+    faults = []
+    for fqn, entry in metadata.state_dict_metadata.items():
+        offsets = [chunk.offsets for chunk in entry.chunks] if isinstance(entry, TensorStorageMetadata) else [None]
+        faults += [
+            f"{fqn!r} has no storage data for the chunk at {_spell(offset)}"
+            for offset in offsets
+            if new_index(fqn, offset, None) not in stored
+        ]
+    return faults
+
+
 def _chunk_faults(fqn: str, entry: TensorStorageMetadata, must_cover: bool) -> list[str]:
+    if len(entry.chunks) == 1 and entry.chunks[0].sizes == entry.size and not any(entry.chunks[0].offsets):
+        return []
     size = tuple(entry.size)
     outside = [chunk for chunk in entry.chunks if not is_in_bounds(chunk, size)]
     if outside:

@@ -24,6 +24,7 @@ __all__ = ["SavedOptimizer", "apply_optimizer", "flatten_optimizer", "prepare_op
 GROUPS = "param_groups"
 PARAMS = "params"
 STATE = "state"
+EXACT = "exact"
 OWN_ENTRIES = (PARAMS, "param_names")
 """What a parameter group holds beside its hyperparameters: it stays the optimizer's own on loading."""
 
@@ -189,27 +190,43 @@ def prepare_optimizer(
 
     initial = cache(lambda: initial_state(optimizer, groups))
     state: dict[Any, Any] = {}
+    exact: dict[int, list[Any]] = {}
     for number, parameter in enumerate(_parameters(optimizer)):
         fqns = _known(optimizer, number, parameter, names)
         fqn = next((fqn for fqn in fqns if fqn in saved.state), fqns[0])
-        entries = _entries(fqn, parameter, optimizer.state.get(parameter) or {}, saved, initial, strict=strict)
+        own = optimizer.state.get(parameter) or {}
+        entries = _entries(fqn, parameter, own, saved, initial, strict=strict)
         if entries:
             state[number] = entries
+        exact[number] = [key for key in entries if _has_dtype_of_its_own(key, entries[key], parameter, own, initial)]
     shared: dict[Any, Any] = {key: value for key, value in optimizer.state.items() if not isinstance(key, torch.Tensor)}
     if saved.state.keys() - set(chain.from_iterable(names.parameters.values())):
         shared = {key: value for key, value in initial().items() if not isinstance(key, torch.Tensor)} | shared
     for key, value in shared.items():
         state[key] = _placed(str(key), saved.state.get(key, value), value)
-    return {STATE: state, GROUPS: groups}
+    return {STATE: state, GROUPS: groups, EXACT: exact}
 
 
 def apply_optimizer(optimizer: Optimizer, prepared: dict[str, Any]) -> None:
     """Load what `prepare_optimizer` made; dtypes and devices become what the optimizer wants them to be."""
-    optimizer.load_state_dict(prepared)
+    optimizer.load_state_dict({STATE: prepared[STATE], GROUPS: prepared[GROUPS]})
     for number, parameter in enumerate(_parameters(optimizer)):
         for key, value in prepared[STATE].get(number, {}).items():
             if isinstance(value, str | bytes):  # `Optimizer.load_state_dict` takes these apart, as it does lists
                 optimizer.state[parameter][key] = value
+        for key in prepared[EXACT][number]:  # which it has made those of the parameter
+            loaded = optimizer.state[parameter]
+            loaded[key] = prepared[STATE][number][key].to(loaded[key].device)
+
+
+def _has_dtype_of_its_own(
+    key: Any, value: Any, parameter: torch.Tensor, own: dict[Any, Any], initial: Callable[[], dict[Any, Any]]
+) -> bool:
+    """Whether `value` keeps its dtype, such as float32 for a running product beside parameters in bfloat16."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype == parameter.dtype:
+        return False
+    like = own[key] if key in own else initial().get(parameter, {}).get(key)
+    return key != "step" and isinstance(like, torch.Tensor) and like.dtype == value.dtype
 
 
 def _settings(group: dict[str, Any], names: ModelNames, saved: SavedOptimizer, strict: bool) -> dict[str, Any]:

@@ -1,27 +1,56 @@
-"""Reading the items of one data file into their destinations."""
+"""Reading the items of one data file into their destinations.
+
+An item that is needed whole, or nearly so, is read from its first byte to its last and its CRC is checked on the way;
+where it fits, its bytes go into the destination itself. Of any other only the bytes that are needed are read.
+"""
 
 from __future__ import annotations
 
 import io
 import math
-import os
-import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
-from .items import DESCRIPTOR_BYTES, CorruptItemError, Frame, frame_of, load_tensor, memory_of, verify_zip
+from .checksums import crc32
+from .data_file import DataFile, ItemStream, StoredBytes, TransformedBytes
+from .item_parts import SavedTensor, copy, fill_from_block, is_addressable, narrowed, read_part
+from .items import CorruptItemError, Frame, frame_of, load_tensor, memory_of, verify_zip
+from .slabs import slabs
 
-__all__ = ["CheckCrc", "ItemReader"]
+__all__ = ["CheckCrc", "ItemReader", "Transform"]
 
 CheckCrc = Literal["always", "whole", "never"]
+Transform = Callable[[Sequence[str], IO[bytes]], IO[bytes]]
+"""Given the names of the extensions that an item went through, and its stored bytes, gives what was written."""
 
-_MIN_RUN_BYTES = 64 * 1024
-"""Below this, one read of a span that contains many short runs is cheaper than a read for each."""
+_BLOCK_BYTES = 512 << 10
+"""What is read, checked and written at once: it stays in a core's cache from one to the next."""
+
+_STAGED_BYTES = 4 << 20
+_NEARLY_WHOLE = 1.1
+"""An item is read whole if that takes at most this many times the bytes that are needed of it."""
+
+
+@dataclass(slots=True)
+class _Item:
+    """An item of the file, and what is wanted of it."""
+
+    info: _StorageInfo
+    size: torch.Size
+    dtype: torch.dtype
+    reads: Sequence[ReadItem]
+    targets: list[torch.Tensor]
+
+    @property
+    def num_needed_bytes(self) -> int:
+        return sum([math.prod(read.lengths) for read in self.reads]) * self.dtype.itemsize
 
 
 class ItemReader:
@@ -32,125 +61,133 @@ class ItemReader:
         metadata: tells each item's dtype and shape, from which its frame follows.
         planner: gives destinations and takes objects.
         check_crc: as in `FileSystemReader`.
+        transform: undoes stream extensions.
     """
 
-    def __init__(self, path: Path, metadata: Metadata, planner: LoadPlanner, check_crc: CheckCrc) -> None:
-        self._path = path
+    def __init__(
+        self, path: Path, metadata: Metadata, planner: LoadPlanner, check_crc: CheckCrc, transform: Transform
+    ) -> None:
         self._metadata = metadata
         self._planner = planner
         self._check_crc = check_crc
-        self._handle = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self._transform = transform
+        self._file = DataFile(path)
 
     def __enter__(self) -> ItemReader:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        os.close(self._handle)
+        self._file.__exit__()
 
-    def read(self, offset: int, length: int, reads: Sequence[ReadItem]) -> None:
-        """Satisfy `reads`, which all come from the item at `offset`.
+    def read(self, info: _StorageInfo, reads: Sequence[ReadItem]) -> None:
+        """Satisfy `reads`, which all come from the item at `info`.
 
         Raises:
             CorruptItemError: its bytes are not what was written.
             EOFError: the file ends within it.
         """
         tensors = [read for read in reads if read.type != LoadItemType.BYTE_IO]
-        for read in reads:
-            if read.type == LoadItemType.BYTE_IO:
-                self._planner.load_bytes(read, io.BytesIO(self._whole(offset, length, read)))
-        if not tensors:
-            return
-        size, dtype = self._saved_as(tensors[0])
-        frame = frame_of(dtype, size)
-        if frame is None or frame.length != length or self._pread(offset, len(frame.head)) != frame.head:
-            value = load_tensor(self._whole(offset, length, tensors[0]), self._what(tensors[0], offset))
-            if tuple(value.size()) != tuple(size):
-                raise CorruptItemError(
-                    f"Expected shape {tuple(size)} but got {self._what(tensors[0], offset)} "
-                    f"of shape {tuple(value.size())}."
-                )
-            for read in tensors:
-                self._fill(read, value)
-            return
-        self._read_framed(offset, frame, size, dtype, tensors)
-
-    def _read_framed(
-        self, offset: int, frame: Frame, size: torch.Size, dtype: torch.dtype, reads: Sequence[ReadItem]
-    ) -> None:
-        payload_at = offset + len(frame.head)
-        is_whole = [tuple(read.lengths) == tuple(size) for read in reads]
-        if self._check_crc != "always" and not any(is_whole):
+        if len(tensors) < len(reads):
             for read in reads:
-                self._read_part(payload_at, size, dtype, read)
-            return
-        payload: torch.Tensor | None = None
-        if len(reads) == 1 and is_whole[0]:
-            target = self._planner.resolve_tensor(reads[0]).detach()
-            self._check_size(reads[0], target)
-            if _is_addressable(target, dtype):
-                self._read_payload(payload_at, frame, memory_of(target), reads[0])
-                self._planner.commit_tensor(reads[0], target)
+                if read.type == LoadItemType.BYTE_IO:
+                    self._planner.load_bytes(read, io.BytesIO(self._whole(info, read)))
+            if not tensors:
                 return
-        payload = torch.empty(frame.num_bytes, dtype=torch.uint8)
-        self._read_payload(payload_at, frame, memory_of(payload), reads[0])
-        value = payload.view(dtype).reshape(size)
-        for read in reads:
-            self._fill(read, value)
+        size, dtype = self._saved_as(tensors[0])
+        item = _Item(info, size, dtype, tensors, [self._target(read) for read in tensors])
+        frame = frame_of(dtype, size)
+        if frame is None or not self._read_framed(item, frame):
+            what = self._what(tensors[0], info)
+            value = load_tensor(self._whole(info, tensors[0]), what)
+            if value.size() != size:
+                raise CorruptItemError(f"Expected shape {tuple(size)} but got {what} of shape {tuple(value.size())}.")
+            for read, target in zip(tensors, item.targets, strict=True):
+                copy(target, narrowed(value, read.storage_offsets, read.lengths))
+        for read, target in zip(tensors, item.targets, strict=True):
+            self._planner.commit_tensor(read, target)
 
-    def _read_payload(self, at: int, frame: Frame, memory: memoryview, read: ReadItem) -> None:
-        self._pread_into(at, memory)
-        if self._check_crc == "never":
-            return
-        stored = frame.stored_crc(self._pread(at + frame.num_bytes, DESCRIPTOR_BYTES))
-        if stored != zlib.crc32(memory):
+    def _read_framed(self, item: _Item, frame: Frame) -> bool:
+        """Read an item that lies between the head and tail of `frame`; False: it does not."""
+        info = item.info
+        if info.transform_descriptors:
+            try:
+                return self._read_whole(item, frame, self._transformed(info, item.reads[0]))
+            except EOFError:
+                return False
+        if info.length != frame.length:
+            return False
+        if self._check_crc == "always" or item.num_needed_bytes * _NEARLY_WHOLE >= frame.num_bytes:
+            return self._read_whole(item, frame, StoredBytes(self._file, info.offset))
+        if self._file.read(info.offset, len(frame.head)) != frame.head:
+            return False
+        saved = SavedTensor(self._file, info.offset + len(frame.head), item.size, item.dtype)
+        for read, target in zip(item.reads, item.targets, strict=True):
+            read_part(saved, read, target)
+        return True
+
+    def _read_whole(self, item: _Item, frame: Frame, source: StoredBytes | TransformedBytes) -> bool:
+        """Read an item from its first byte to the CRC of its payload; False: it does not begin as `frame` says.
+
+        Targets may then hold something else already.
+        """
+        head, descriptor = bytearray(len(frame.head)), bytearray(frame.descriptor_bytes)
+        target = item.targets[0]
+        if len(item.targets) > 1 or target.size() != item.size or not is_addressable(target, item.dtype):
+            source.take_into(head)
+            crc = self._scatter(item, frame, source) if head == frame.head else None
+        elif frame.num_bytes <= _BLOCK_BYTES:
+            memory = memory_of(target)
+            source.take_into(head, memory, descriptor)
+            return head == frame.head and self._checked(item, frame, self._crc(memory), descriptor)
+        else:
+            source.take_into(head)
+            crc = self._fill(memory_of(target), source) if head == frame.head else None
+        if crc is None:
+            return False
+        source.take_into(descriptor)
+        return self._checked(item, frame, crc, descriptor)
+
+    def _fill(self, memory: memoryview, source: StoredBytes | TransformedBytes) -> int:
+        """Read a payload into its destination, and return its CRC-32."""
+        crc = 0
+        for begin in range(0, len(memory), _BLOCK_BYTES):
+            block = memory[begin : begin + _BLOCK_BYTES]
+            source.take_into(block)
+            crc = self._crc(block, crc)
+        return crc
+
+    def _scatter(self, item: _Item, frame: Frame, source: StoredBytes | TransformedBytes) -> int:
+        """Read a payload block by block, copy from each what is wanted, and return the payload's CRC-32."""
+        crc = 0
+        staged = torch.empty(min(_STAGED_BYTES, frame.num_bytes), dtype=torch.uint8)
+        for offsets, sizes in slabs(item.size, max(1, _STAGED_BYTES // item.dtype.itemsize)):
+            block = staged[: math.prod(sizes) * item.dtype.itemsize]
+            memory = memory_of(block)
+            source.take_into(memory)
+            crc = self._crc(memory, crc)
+            for read, target in zip(item.reads, item.targets, strict=True):
+                fill_from_block(block.view(item.dtype).reshape(sizes), offsets, read, target)
+        return crc
+
+    def _crc(self, memory: memoryview, crc: int = 0) -> int:
+        return 0 if self._check_crc == "never" else crc32(memory, crc)
+
+    def _checked(self, item: _Item, frame: Frame, crc: int, descriptor: bytearray) -> bool:
+        if descriptor != frame.descriptor(crc) and self._check_crc != "never":
             raise CorruptItemError(
-                f"Expected the CRC that was written but got other bytes for {self._what(read, at - len(frame.head))}. "
+                f"Expected the CRC that was written but got other bytes for {self._what(item.reads[0], item.info)}. "
                 "The file is damaged."
             )
+        return True
 
-    def _read_part(self, payload_at: int, size: torch.Size, dtype: torch.dtype, read: ReadItem) -> None:
-        """Read only the bytes that `read` needs: its contiguous runs, or the span around them if they are short."""
-        strides = [math.prod(size[dim + 1 :]) * dtype.itemsize for dim in range(len(size))]
-        # The last dims that are read whole join into one run, together with the dim before them.
-        split = len(size)
-        while split and read.lengths[split - 1] == size[split - 1]:
-            split -= 1
-        split = max(split - 1, 0)
-        run_bytes = math.prod(read.lengths[split:]) * dtype.itemsize
-        starts = [0]
-        for dim in range(len(size)):
-            indices = range(
-                read.storage_offsets[dim],
-                read.storage_offsets[dim] + (read.lengths[dim] if dim < split else 1),
+    def _target(self, read: ReadItem) -> torch.Tensor:
+        target = self._planner.resolve_tensor(read).detach()
+        if target.size() != read.lengths:
+            raise ValueError(
+                f"Expected a destination of shape {tuple(read.lengths)} but got {read.dest_index.fqn!r} "
+                f"shape={tuple(target.size())}. Check the planner's resolve_tensor."
             )
-            starts = [start + i * strides[dim] for start in starts for i in indices]
-        target = self._planner.resolve_tensor(read).detach()
-        self._check_size(read, target)
-        if len(starts) > 1 and run_bytes < _MIN_RUN_BYTES:
-            span = torch.empty(starts[-1] + run_bytes - starts[0], dtype=torch.uint8)
-            self._pread_into(payload_at + starts[0], memory_of(span))
-            elements = [stride // dtype.itemsize for stride in strides]
-            _copy(target, _strided(span, dtype, read.lengths, elements))
-        elif _is_addressable(target, dtype):
-            self._read_runs(payload_at, starts, run_bytes, target)
-        else:
-            part = torch.empty(read.lengths, dtype=dtype)
-            self._read_runs(payload_at, starts, run_bytes, part)
-            _copy(target, part)
-        self._planner.commit_tensor(read, target)
-
-    def _read_runs(self, payload_at: int, starts: list[int], run_bytes: int, into: torch.Tensor) -> None:
-        memory = memory_of(into)
-        for position, start in enumerate(starts):
-            self._pread_into(payload_at + start, memory[position * run_bytes : (position + 1) * run_bytes])
-
-    def _fill(self, read: ReadItem, value: torch.Tensor) -> None:
-        for dim, (offset, length) in enumerate(zip(read.storage_offsets, read.lengths, strict=True)):
-            value = value.narrow(dim, offset, length)
-        target = self._planner.resolve_tensor(read).detach()
-        self._check_size(read, target)
-        _copy(target, value)
-        self._planner.commit_tensor(read, target)
+        return target
 
     def _saved_as(self, read: ReadItem) -> tuple[torch.Size, torch.dtype]:
         """Return the shape and dtype that the metadata gives for the item's chunk."""
@@ -166,56 +203,21 @@ class ItemReader:
                 return chunk.sizes, entry.properties.dtype
         raise CorruptItemError(f"Expected a chunk of {index.fqn!r} at {index.offset!r} but the metadata has none.")
 
-    def _check_size(self, read: ReadItem, target: torch.Tensor) -> None:
-        if tuple(target.size()) != tuple(read.lengths):
-            raise ValueError(
-                f"Expected a destination of shape {tuple(read.lengths)} but got {read.dest_index.fqn!r} "
-                f"shape={tuple(target.size())}. Check the planner's resolve_tensor."
-            )
-
-    def _what(self, read: ReadItem, offset: int) -> str:
+    def _what(self, read: ReadItem, info: _StorageInfo) -> str:
         index = read.storage_index
         where = "" if index.offset is None else f" chunk {tuple(index.offset)}"
-        return f"{index.fqn!r}{where} in {self._path.name!r} at byte {offset}"
+        return f"{index.fqn!r}{where} in {self._file.name!r} at byte {info.offset}"
 
-    def _whole(self, offset: int, length: int, read: ReadItem) -> bytes:
-        raw = self._pread(offset, length)
-        if self._check_crc != "never":
-            verify_zip(raw, self._what(read, offset))
+    def _whole(self, info: _StorageInfo, read: ReadItem) -> bytes | bytearray:
+        if info.transform_descriptors:
+            raw: bytes | bytearray = self._transformed(info, read).take()
+        else:
+            raw = self._file.read(info.offset, info.length)
+        verify_zip(raw, self._what(read, info), check_crc=self._check_crc != "never")
         return raw
 
-    def _pread(self, offset: int, length: int) -> bytes:
-        raw = bytearray(length)
-        self._pread_into(offset, memoryview(raw))
-        return bytes(raw)
-
-    def _pread_into(self, offset: int, memory: memoryview) -> None:
-        done = 0
-        while done < len(memory):
-            count = os.preadv(self._handle, [memory[done:]], offset + done)
-            if not count:
-                raise EOFError(
-                    f"Expected {len(memory)} bytes at byte {offset} of {self._path.name!r} but got {done}. "
-                    "The file is cut short."
-                )
-            done += count
-
-
-def _is_addressable(target: torch.Tensor, dtype: torch.dtype) -> bool:
-    return (
-        type(target) in (torch.Tensor, torch.nn.Parameter)
-        and target.device.type == "cpu"
-        and target.dtype == dtype
-        and target.is_contiguous()
-        and not target.is_conj()
-        and not target.is_neg()
-    )
-
-
-def _strided(span: torch.Tensor, dtype: torch.dtype, lengths: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
-    return span.view(dtype).as_strided(tuple(lengths), tuple(strides))
-
-
-def _copy(target: torch.Tensor, value: torch.Tensor) -> None:
-    with torch.no_grad():
-        target.copy_(value)
+    def _transformed(self, info: _StorageInfo, read: ReadItem) -> TransformedBytes:
+        descriptors = info.transform_descriptors or ()
+        stored = io.BufferedReader(ItemStream(self._file, info.offset, info.length))
+        what = f"{self._what(read, info)}, which went through {', '.join(descriptors)},"
+        return TransformedBytes(self._transform(descriptors, stored), what)

@@ -9,7 +9,7 @@ Reading changes nothing: an optimizer that has no state yet is asked on a throw-
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -23,8 +23,26 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import Optimizer
 
 from .collectives import Ok, attempt
+from .flat_parameters import (
+    flat_context,
+    has_flat_parameters,
+    load_flat_model,
+    load_flat_optimizers,
+    read_flat_optimizer,
+)
 from .fqns import ModelNames
-from .gather import agree, announce, current_rank, gather_tree, map_tree, meshes_of, realize
+from .gather import (
+    Announced,
+    Pending,
+    agree,
+    announce,
+    current_rank,
+    gather_tree,
+    map_tree,
+    meshes_of,
+    realize,
+    travel_device,
+)
 from .model_state import apply_model, by_fqn, prepare_model, read_model
 from .optimizer_state import SavedOptimizer, apply_optimizer, flatten_optimizer, prepare_optimizer, read_optimizer
 
@@ -45,6 +63,7 @@ __all__ = [  # noqa: RUF022  # in plain alphabetical order, as everywhere here
 ]
 
 SETTING = "set_state_dict"
+Reader = Callable[[Optimizer, ModelNames], dict[str, Any]]
 
 FQNS_T = set[str]
 PrimitiveType = DTensor | ShardedTensor | torch.Tensor | int | float | str
@@ -126,7 +145,8 @@ def get_state_dict(
     leaves another waiting.
 
     Args:
-        model: plain, or under DDP, fully_shard, parallelize_module, torch.compile, activation checkpointing.
+        model: plain, or under DDP, fully_shard, parallelize_module, torch.compile, activation checkpointing; or under
+            FullyShardedDataParallel (FSDP1), see `flat_parameters`.
         optimizers: of parameters of `model`; may be none.
         submodules: deprecated: leave out what is not in these.
         options: see `StateDictOptions`.
@@ -137,7 +157,6 @@ def get_state_dict(
 
     Raises:
         ValueError: an optimizer has a parameter that is not in the model.
-        NotImplementedError: FSDP1.
         RuntimeError: an optimizer has no state and cannot tell what it would begin with.
         CheckpointException: with `full_state_dict`: another rank failed; it derives from `BaseException`, as in torch.
 
@@ -203,7 +222,8 @@ def set_state_dict(
     Source: torch.distributed.checkpoint.state_dict.set_state_dict.
     """
     found = _as_tuple(optimizers)
-    if not model_state_dict and not (options is not None and options.broadcast_from_rank0):
+    may_be_empty = options is not None and (options.broadcast_from_rank0 or not options.strict)
+    if not model_state_dict and not may_be_empty and model.state_dict():
         found = _some(found)
     return _set(model, found, model_state_dict or None, optim_state_dict, options)
 
@@ -220,7 +240,7 @@ def _get(
     if submodules:
         _warn("submodules", "Filter the keys of the returned state dict instead.")
 
-    def make() -> tuple[dict[str, Any], dict[str, Any]]:
+    def make(read: Reader = read_optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
         names = ModelNames(model, options.dsd_fqn_modifiers)
         state: dict[str, Any] = {}
         if with_model:
@@ -232,8 +252,14 @@ def _get(
                 keep_prefixes=options.keep_submodule_prefixes,
                 ignore_frozen=options.ignore_frozen_params,
             )
-        return state, _read_optimizers(optimizers, names, options)
+        return state, _read_optimizers(optimizers, names, options, read)
 
+    if has_flat_parameters(model):
+        with torch.no_grad(), flat_context(model, is_full=options.full_state_dict, cpu_offload=options.cpu_offload):
+            state, optimizer_state = make(lambda optimizer, names: read_flat_optimizer(model, optimizer, names))
+        if options.cpu_offload and options.full_state_dict and current_rank():
+            return {}, {}
+        return (_on_cpu(state), _on_cpu(optimizer_state)) if options.cpu_offload else (state, optimizer_state)
     with torch.no_grad():
         if options.full_state_dict:
             tensors = chain(model.parameters(), model.buffers())
@@ -247,12 +273,14 @@ def _get(
         return state, optimizer_state
 
 
-def _read_optimizers(optimizers: tuple[Optimizer, ...], names: ModelNames, options: StateDictOptions) -> dict[str, Any]:
+def _read_optimizers(
+    optimizers: tuple[Optimizer, ...], names: ModelNames, options: StateDictOptions, read: Reader
+) -> dict[str, Any]:
     if not optimizers:
         return {}
     merged: dict[str, Any] = {"state": {}, "param_groups": []}
     for optimizer in optimizers:
-        one = read_optimizer(optimizer, names)
+        one = read(optimizer, names)
         merged["state"].update(one["state"])
         merged["param_groups"] += one["param_groups"]
     return flatten_optimizer(merged) if options.flatten_optimizer_state_dict else merged
@@ -268,16 +296,18 @@ def _set(
     """Load; `state` None leaves the model alone."""
     options = _checked(options)
     names = ModelNames(model, options.dsd_fqn_modifiers)
-    device = _travel_device(model)
+    device = travel_device(model)
     given: Any = (state, optimizer_state)
     sent: list[Any] = []
     if options.broadcast_from_rank0:
         given, sent = announce(SETTING, given)
+    if has_flat_parameters(model):
+        return _set_flat(model, optimizers, names, realize(map_tree(_taken_whole, given), given, sent, device), options)
 
     def prepare() -> tuple[dict[str, Any], list[dict[str, Any]]]:
         entries: dict[str, Any] = {}
         if given[0] is not None:
-            if not given[0] and options.strict:
+            if not given[0] and options.strict and model.state_dict():
                 raise RuntimeError(
                     "Expected the state of the model but got an empty state dict. Pass StateDictOptions(strict=False)."
                 )
@@ -299,6 +329,21 @@ def _set(
             return _IncompatibleKeys([], [])
         versions = None if options.broadcast_from_rank0 else getattr(state, "_metadata", None)
         return apply_model(model, names, entries, versions, strict=options.strict)
+
+
+def _set_flat(
+    model: nn.Module, optimizers: tuple[Optimizer, ...], names: ModelNames, given: Any, options: StateDictOptions
+) -> _IncompatibleKeys:
+    state, saved = given[0], SavedOptimizer.parse(given[1], names) if optimizers else None
+    with torch.no_grad(), flat_context(model, is_full=options.full_state_dict, cpu_offload=False):
+        if saved is not None:
+            load_flat_optimizers(model, optimizers, names, saved, strict=options.strict)
+        keyed = _by_fqn(state, names) if state else None
+        return load_flat_model(model, names, keyed, strict=options.strict) if keyed else _IncompatibleKeys([], [])
+
+
+def _taken_whole(leaf: Any) -> Any:
+    return Pending("", leaf, None) if isinstance(leaf, Announced) else leaf
 
 
 def _by_fqn(state: dict[Any, Any], names: ModelNames) -> dict[str, Any]:
@@ -347,17 +392,6 @@ def _some(optimizers: Optimizer | Iterable[Optimizer]) -> tuple[Optimizer, ...]:
 def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
     on_cpu: dict[str, Any] = map_tree(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, state)
     return on_cpu
-
-
-def _travel_device(model: nn.Module) -> torch.device:
-    """Return where the model's tensors are, or would be; if ranks cannot exchange tensors there, where they can."""
-    tensors = list(chain(model.parameters(), model.buffers()))
-    devices = [tensor.device for tensor in tensors if not tensor.is_meta and tensor.dim()]
-    devices += [torch.device(mesh.device_type) for mesh in meshes_of(tensors)] + [torch.device("cpu")]
-    if not dist.is_initialized():
-        return devices[0]
-    possible = {one.type: one for one in dist.distributed_c10d._get_default_group()._device_types}
-    return next((device for device in devices if device.type in possible), next(iter(possible.values())))
 
 
 def _warn(what: str, remedy: str) -> None:

@@ -1,12 +1,14 @@
 import itertools
 import math
+import random
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reference.boxes import BoxIndex, find_tiling_fault, intersect, is_in_bounds
+from reference.boxes import BoxIndex, find_tiling_fault, intersect, is_in_bounds, tiles
 
 
 @dataclass(frozen=True)
@@ -126,3 +128,71 @@ def test_a_large_tiling_is_checked_without_comparing_pairs():
     index = BoxIndex(grid)
     for _ in range(5):
         assert math.prod((side, side)) == len(index.overlapping((0, 0), (side, side)))
+
+
+def scattered(count, num_dims, seed):
+    """Boxes of all sizes, some empty, a few as large as everything."""
+    numbers = random.Random(seed)
+    extent = 1000
+    found = []
+    for _ in range(count):
+        longest = numbers.choice([1, 5, 50, extent])
+        offsets = tuple(numbers.randrange(extent) for _ in range(num_dims))
+        found.append(Box(offsets, tuple(numbers.randint(0, longest) for _ in range(num_dims))))
+    return found
+
+
+@pytest.mark.parametrize("num_dims", [0, 1, 2, 3])
+@pytest.mark.parametrize("count", [17, 200, 1500])
+def test_many_boxes_are_found_by_table_and_by_tree(count, num_dims):
+    boxes = scattered(count, num_dims, seed=count)
+    index = BoxIndex(boxes)
+    for query in scattered(25, num_dims, seed=-count):
+        expected = []
+        for position, box in enumerate(boxes):
+            common = intersect(box.offsets, box.sizes, query.offsets, query.sizes)
+            if common is not None:
+                expected.append((position, *common))
+        assert index.overlapping(query.offsets, query.sizes) == expected
+    assert (index._root is not None) == (count > 128)
+
+
+def test_boxes_of_different_ranks_are_refused():
+    boxes = [Box((i, 0), (1, 1)) for i in range(20)] + [Box((1,), (1,)), Box((1, 2, 3), (1, 1, 1))]
+    with pytest.raises(ValueError, match="Expected boxes of 2 dims"):
+        BoxIndex(boxes).overlapping((0, 0), (5, 5))
+    with pytest.raises(ValueError, match="Expected boxes of 1 dims"):
+        BoxIndex(boxes[:20]).overlapping((0,), (5,))
+
+
+def as_arrays(boxes):
+    lows = np.array([box.offsets for box in boxes], np.int64).reshape(len(boxes), -1)
+    return lows, lows + np.array([box.sizes for box in boxes], np.int64).reshape(len(boxes), -1)
+
+
+@settings(deadline=None)
+@given(tilings(), st.data())
+def test_tiles_agrees_with_the_evidence(tiling, data):
+    size, boxes = tiling
+    boxes = [box for box in boxes if 0 not in box.sizes]
+    if not boxes or 0 in size:
+        return
+    assert tiles(*as_arrays(boxes), size)
+    spoilt = list(boxes)
+    position = data.draw(st.integers(0, len(boxes) - 1))
+    match data.draw(st.sampled_from(["drop", "double"])):
+        case "drop":
+            del spoilt[position]
+        case "double":
+            spoilt.append(spoilt[position])
+    if spoilt:
+        assert not tiles(*as_arrays(spoilt), size)
+
+
+def test_numbers_too_large_to_tell_are_left_to_the_evidence():
+    huge = 2**40
+    halves = [Box((0, 0), (huge // 2, huge)), Box((huge // 2, 0), (huge // 2, huge))]
+    assert tiles(*as_arrays(halves), (huge, huge))
+    quarters = [Box((i * huge // 2, j * huge // 2), (huge // 2, huge // 2)) for i in (0, 1) for j in (0, 1)]
+    assert not tiles(*as_arrays(quarters), (huge, huge))
+    assert find_tiling_fault(quarters * 1, (huge, huge)) is None

@@ -10,6 +10,7 @@ from virtual_ranks import blank_like, drive, load_all, save_all, shard
 import reference
 from reference import CheckpointException, DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
 from reference.collectives import Abort, Failure, Ok, attempt, pack, unpack
+from reference.open_storage import open_reader, open_writer
 
 WORLD_SIZE = 3
 SAVE_CALLS = [
@@ -176,6 +177,20 @@ def test_ranks_that_save_alone_hear_of_each_others_failures(tmp_path, rank, meth
     assert all(isinstance(o, CheckpointException) and list(o.failures) == [rank] for o in outcomes)
 
 
+def test_a_stateful_that_fails_on_saving_reaches_every_rank(tmp_path):
+    class Bad:
+        def state_dict(self):
+            raise Unpicklable("boom")
+
+        def load_state_dict(self, state):
+            pass
+
+    made = states()
+    made[2]["s"] = Bad()
+    assert_all_know(save_all(made, tmp_path), 2, "plan", "boom")
+    assert not (tmp_path / ".metadata").exists()
+
+
 @pytest.mark.parametrize("method", ["state_dict", "load_state_dict"])
 def test_a_failing_stateful_reaches_every_rank(tmp_path, method):
     class Good:
@@ -191,11 +206,20 @@ def test_a_failing_stateful_reaches_every_rank(tmp_path, method):
     assert_all_know(outcomes, 1, "plan" if method == "state_dict" else "apply", "boom")
 
 
-def test_no_place_to_save_to_fails_everywhere(tmp_path):
-    with pytest.raises(CheckpointException, match="Expected a local path but got checkpoint_id=None"):
-        reference.save({})
-    with pytest.raises(CheckpointException, match="pass storage_reader"):
-        reference.load({}, checkpoint_id="s3://bucket/x")
+def test_no_place_to_save_to_is_a_plain_error_where_nobody_waits():
+    for error in (ValueError, RuntimeError):  # the second is torch's
+        with pytest.raises(error, match="Expected a local path but got checkpoint_id=None"):
+            reference.save({})
+        with pytest.raises(error, match="pass storage_reader"):
+            reference.load({}, checkpoint_id="s3://bucket/x")
+
+
+def test_no_place_to_save_to_on_one_rank_fails_everywhere(tmp_path):
+    writers = lambda rank: open_writer(None, None if rank == 1 else tmp_path)  # noqa: E731
+    assert_all_know(save_all(states(), tmp_path, writers=writers), 1, "plan", "checkpoint_id=None")
+    readers = lambda rank: open_reader(None, None if rank == 1 else tmp_path)  # noqa: E731
+    save_all(states(), tmp_path)
+    assert_all_know(load_all(states(), tmp_path, readers=readers), 1, "plan", "checkpoint_id=None")
 
 
 def test_in_one_process_the_original_error_is_the_cause(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from test_group import WORLD_SIZE, Ranks, values
+from rank_pool import Ranks
 from test_items import DTYPES
 from torch.distributed.checkpoint import format_utils as torchs
 from torch.distributed.device_mesh import init_device_mesh
@@ -32,13 +32,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:ComplexHalf"),
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
 ]
+WORLD_SIZE = 3
 OURS = (torch_save_to_dcp, dcp_to_torch_save)
 TORCHS = (torchs.torch_save_to_dcp, torchs.dcp_to_torch_save)
 
 
 @pytest.fixture(scope="module")
 def ranks():
-    started = Ranks()
+    started = Ranks(WORLD_SIZE)
     yield started
     started.close()
 
@@ -313,7 +314,7 @@ def test_a_file_is_broadcast_into_shards(ranks, tmp_path, load_with):
         },
         tmp_path / "in.pt",
     )
-    assert all(all(kept) for kept in values(ranks(broadcast_load, tmp_path / "in.pt", load_with)))
+    assert all(all(kept) for kept in ranks.values(broadcast_load, tmp_path / "in.pt", load_with))
 
 
 def broadcast_failure(path, what):
@@ -350,7 +351,7 @@ def broadcast_failure(path, what):
 )
 def test_a_failing_broadcast_load_reaches_every_rank(ranks, tmp_path, what, says):
     torch.save({"w": torch.zeros(4), "more": torch.zeros(2)}, tmp_path / "in.pt")
-    for is_unchanged, text in values(ranks(broadcast_failure, tmp_path, what)):
+    for is_unchanged, text in ranks.values(broadcast_failure, tmp_path, what):
         assert says in text
         assert is_unchanged or what == "planner"
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from virtual_ranks import as_dtensor, local_part, mesh_for, shard
 
-from reference.layout import LayoutError, local_boxes, local_runs
+from reference.layout import LayoutError, local_boxes, local_runs, tensor_shard
 
 
 @st.composite
@@ -117,8 +117,10 @@ def test_a_checkpointable_tensor_describes_itself():
         def __get_tensor_shard__(self, index):
             return self.as_subclass(torch.Tensor)[index.offset[0] : index.offset[0] + 1]
 
-    boxes = local_boxes("w", torch.tensor([5.0, 6.0]).as_subclass(Halves))
-    assert [box.data.tolist() for box in boxes] == [[5.0], [6.0]]
+    value = torch.tensor([5.0, 6.0]).as_subclass(Halves)
+    boxes = local_boxes("w", value)
+    assert [(box.offsets, box.sizes, box.data) for box in boxes] == [((0,), (1,), None), ((1,), (1,), None)]
+    assert [tensor_shard(value, MetadataIndex("w", box.offsets)).tolist() for box in boxes] == [[5.0], [6.0]]
 
 
 def test_local_part_is_what_torch_scatters():

@@ -23,13 +23,13 @@ def cache(monkeypatch):
 def num_planned(monkeypatch):
     """How many global plans were made anew."""
     made = []
-    original = DefaultSavePlanner._plan_globally
+    original = DefaultSavePlanner._create_global_plan
 
     def counting(self, all_plans):
         made.append(len(all_plans))
         return original(self, all_plans)
 
-    monkeypatch.setattr(DefaultSavePlanner, "_plan_globally", counting)
+    monkeypatch.setattr(DefaultSavePlanner, "_create_global_plan", counting)
     return lambda: len(made)
 
 

@@ -1,32 +1,26 @@
 """State dicts on real gloo ranks: DDP, FSDP2, HSDP, TP and FSDP2 x TP; ranks are started once for this module."""
 
-import multiprocessing
-import time
-import traceback
-import warnings
-
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as theirs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rank_pool import Ranks
 from state_dict_models import difference, snapshot, train, whole_state
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-from virtual_ranks import free_port, init_gloo
 
 import reference
 import reference.state_dict as ours
 from reference.state_dict import StateDictOptions
 
 WORLD_SIZE = 4
-TIMEOUT_S = 30
 KINDS = ["ddp", "fsdp", "hsdp", "tp", "fsdp_tp", "fsdp_on_two"]
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
@@ -42,58 +36,14 @@ FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 MESHES = {}
 
 
-def rank_main(rank, port, pipe):
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    init_gloo(rank, WORLD_SIZE, port)
+def set_up():
     MESHES["flat"] = init_device_mesh("cpu", (WORLD_SIZE,), mesh_dim_names=("dp",))
     MESHES["two"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    while (command := pipe.recv()) is not None:
-        function, args = command
-        try:
-            pipe.send(("ok", function(*args)))
-        except BaseException as error:
-            pipe.send((type(error).__name__, "".join(traceback.format_exception(error))))
-    dist.destroy_process_group()
-
-
-class Ranks:
-    def __init__(self):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "torch.distributed.tensor"])
-        port = free_port()
-        self.pipes, self.processes = [], []
-        for rank in range(WORLD_SIZE):
-            here, there = context.Pipe()
-            process = context.Process(target=rank_main, args=(rank, port, there), daemon=True)
-            process.start()
-            self.pipes.append(here)
-            self.processes.append(process)
-
-    def __call__(self, function, *args):
-        for pipe in self.pipes:
-            pipe.send((function, args))
-        deadline = time.monotonic() + TIMEOUT_S
-        results = []
-        for rank, pipe in enumerate(self.pipes):
-            assert pipe.poll(max(0, deadline - time.monotonic())), f"rank {rank} was left waiting in {function}"
-            results.append(pipe.recv())
-        return results
-
-    def close(self):
-        for pipe, process in zip(self.pipes, self.processes, strict=True):
-            pipe.send(None)
-            process.join(10)
-            if process.is_alive():
-                process.kill()
-                process.join()
-            process.close()
-            pipe.close()
 
 
 @pytest.fixture(scope="module")
 def ranks():
-    started = Ranks()
+    started = Ranks(WORLD_SIZE, set_up, timeout_s=30)
     yield started
     started.close()
 
@@ -364,19 +314,3 @@ def on_meta(kind, options):
 @pytest.mark.parametrize("kind", ["fsdp", "fsdp_tp"])
 def test_sharded_parameters_on_the_meta_device_get_memory(ranks, kind, options):
     check(ranks(on_meta, kind, options))
-
-
-def refuse_flat_parameters():
-    model = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
-    try:
-        ours.get_model_state_dict(model)
-    except NotImplementedError as error:
-        return str(error)
-    return None
-
-
-def test_flat_parameters_are_refused(ranks):
-    for kind, text in ranks(refuse_flat_parameters):
-        assert kind == "ok"
-        assert "fully_shard" in text
-        assert "\n" not in text

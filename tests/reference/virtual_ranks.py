@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from reference import FileSystemReader, FileSystemWriter
+from reference import FileSystemReader, FileSystemWriter, load
 from reference.collectives import Broadcast, Gather, Scatter, pack, unpack
 from reference.engine import load_protocol, save_protocol
 
@@ -169,6 +165,13 @@ def blank(size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     )
 
 
+def load_into_blank(state: dict[str, Any], path: Any) -> dict[str, Any]:
+    """Return what the checkpoint at `path` holds of `state`; this process alone."""
+    loaded: dict[str, Any] = blank_like(state)
+    load(loaded, checkpoint_id=path)
+    return loaded
+
+
 def noise(size: Sequence[int], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     """Return a tensor of random bytes: any NaN payload, any denormal."""
     num_bytes = torch.Size(size).numel() * dtype.itemsize
@@ -183,16 +186,3 @@ def raw_bytes(value: torch.Tensor) -> bytes:
         local = value.to_local() if isinstance(value, DTensor) else value.detach()
         local = local.resolve_conj().resolve_neg().contiguous().reshape(-1)
         return local.view(torch.uint8).numpy().tobytes() if local.numel() else b""
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
-def init_gloo(rank: int, world_size: int, port: int) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
