@@ -5,7 +5,7 @@ PROFILE ?= standard
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup suites test lint types format bench check clean help
+.PHONY: setup suites test lint types format bench faults check clean help
 
 help:
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -40,6 +40,10 @@ format: $(READY) ## let ruff mend what it can
 
 bench: $(READY) ## measure what the harness itself costs
 	$(BIN)/dcpbench bench harness
+
+faults: $(READY) ## what faults do to the built-in backends, as the page docs/faults.md
+	$(BIN)/dcpbench faults table > docs/faults.tmp
+	mv docs/faults.tmp docs/faults.md
 
 check: lint types test ## what a change must pass
 	$(MAKE) suites PROFILE=quick
