@@ -50,6 +50,7 @@ def _table(suite: SuiteSession, frame: pd.DataFrame) -> pd.DataFrame:
                 "known": by_status.get("KNOWN", 0),
                 "fail": by_status.get("FAIL", 0),
                 "unknown": by_status.get("UNKNOWN", 0),
+                "n/a": by_status.get("UNSUPPORTED", 0),
                 "save ms": _median(trips["save_s"], 1e3),
                 "load ms": _median(trips["load_s"], 1e3),
                 "peak MiB": "-"

@@ -1,0 +1,46 @@
+"""Backends that are no backends: each breaks the contract itself, not a rule of checkpointing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+
+from dcpbench import EngineBackend, StorageBackend
+
+__all__ = ["kills_itself", "prints_without_end", "returns_nonsense", "takes_no_argument"]
+
+MANY_BYTES = 1 << 30
+"""What one save prints."""
+
+
+def _no_argument() -> dcp.StorageWriter:
+    return dcp.FileSystemWriter("never")
+
+
+def _nonsense(_checkpoint_id: str) -> Any:
+    return 42
+
+
+def _end(_state_dict: dict[str, Any], _checkpoint_id: str) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _print_and_raise(_state_dict: dict[str, Any], _checkpoint_id: str) -> None:
+    line = "x" * (1 << 20)
+    for _ in range(MANY_BYTES // len(line)):
+        sys.stdout.write(line)
+    raise RuntimeError("nothing was saved")
+
+
+def _load(_state_dict: dict[str, Any], _checkpoint_id: str) -> None:
+    raise AssertionError("there is nothing to load")
+
+
+takes_no_argument = StorageBackend("takes-no-argument", _no_argument, dcp.FileSystemReader)  # type: ignore[arg-type]
+returns_nonsense = StorageBackend("returns-nonsense", _nonsense, dcp.FileSystemReader)
+kills_itself = EngineBackend("kills-itself", _end, _load)
+prints_without_end = EngineBackend("prints-without-end", _print_and_raise, _load)
