@@ -14,13 +14,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from dcpbench.case import Case
+from dcpbench.case_files import load_case
 from dcpbench.errors import DcpbenchError, UsageError
 from dcpbench.oracle.judge import judge
 from dcpbench.oracle.verdict import Finding, RuleBrokenError, Verdict
 
 if TYPE_CHECKING:
     from dcpbench.backends.protocol import EngineBackend, PlannerBackend, StorageBackend
-    from dcpbench.strategies import cases
+    from dcpbench.strategies import cases, training
 
 __all__ = [
     "Case",
@@ -34,6 +35,8 @@ __all__ = [
     "Verdict",
     "cases",
     "judge",
+    "load_case",
+    "training",
 ]
 
 _LAZY = {
@@ -46,8 +49,8 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name == "cases":
-        return importlib.import_module("dcpbench.strategies.cases")
+    if name in ("cases", "training"):
+        return importlib.import_module(f"dcpbench.strategies.{name}")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from dcpbench import codec, objects
-from dcpbench.content import DTYPES, Bytes, shard_bytes
+import numpy as np
+
+from dcpbench import codec
+from dcpbench.content import DTYPES, Bytes, overwritten, shard_bytes
 from dcpbench.errors import MalformedFile, UsageError
 from dcpbench.geometry import Region
-from dcpbench.layout import Layout, LeafLayout, MemoryForm, Mesh, Placement
+from dcpbench.layout import Holders, Layout, LeafLayout, MemoryForm, Mesh, Placement
+from dcpbench.leaves import ObjectLeaf, Part, TensorLeaf, fqn_of
+from dcpbench.steps import Action, Disturbance, IdForm, Misuse, Options, Step
 
 __all__ = [
+    "MUTATED",
+    "Action",
     "Case",
+    "Disturbance",
+    "Holders",
+    "IdForm",
     "Layout",
     "LeafLayout",
     "MemoryForm",
@@ -34,131 +42,8 @@ __all__ = [
     "TensorLeaf",
     "fqn_of",
 ]
-
-
-Misuse = Literal["none", "unknown-key", "larger", "smaller", "extra-dim", "no-checkpoint", "unsavable"]
-"""What is wrong on purpose with a load: it asks for a key that was never saved, or for a larger or smaller tensor than
-was saved, or for one with a further dim, or for a checkpoint that does not exist. Or with a save: a value raises when
-it is pickled."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One step of the way from the state dict to a leaf: a dict key (text or int) or a list index."""
-
-    kind: Literal["key", "index"]
-    value: str | int
-
-    def to_json(self) -> Any:
-        if self.kind == "index":
-            return self.value
-        return self.value if isinstance(self.value, str) else {"key": self.value}
-
-    @classmethod
-    def from_json(cls, data: Any) -> Part:
-        if type(data) is str:
-            return cls("key", data)
-        if type(data) is int and data >= 0:
-            return cls("index", data)
-        if isinstance(data, dict) and type(data.get("key")) is int:
-            return cls("key", data["key"])
-        raise ValueError(f'expected text, a list index or {{"key": <int>}} but got {data!r:.60}.')
-
-
-def fqn_of(path: tuple[Part, ...]) -> str:
-    """Returns the flattened key of a leaf, as DCP forms it: the parts joined by dots."""
-    return ".".join(str(part.value) for part in path)
-
-
-@dataclass(frozen=True)
-class TensorLeaf:
-    """A tensor of the state dict: where it hangs, its global shape and dtype.
-
-    Attributes:
-        expanded: all rows along dim 0 hold the same; a source is made by ``expand``, with stride 0 there.
-        requires_grad: it is what a parameter is.
-        tied_to: number of an earlier leaf that is the very same tensor, under another key; None if there is none.
-    """
-
-    path: tuple[Part, ...]
-    shape: tuple[int, ...]
-    dtype: str = "float32"
-    expanded: bool = False
-    requires_grad: bool = False
-    tied_to: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise ValueError("expected a path with at least one part but got an empty one.")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"expected a dtype such as {', '.join(list(DTYPES)[:3])} but got {self.dtype!r}.")
-        if self.expanded and not self.shape:
-            raise ValueError("expected an expanded tensor to have a dim but got shape=().")
-        if any(size < 0 for size in self.shape):
-            raise ValueError(f"expected sizes of 0 and more but got shape={self.shape}.")
-
-    @property
-    def fqn(self) -> str:
-        return fqn_of(self.path)
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype]
-
-
-@dataclass(frozen=True)
-class ObjectLeaf:
-    """A value of the state dict that is no tensor, held as :func:`dcpbench.objects.encode` gives it."""
-
-    path: tuple[Part, ...]
-    encoded: Any
-
-    @property
-    def fqn(self) -> str:
-        return fqn_of(self.path)
-
-    def value(self, version: int) -> Any:
-        """Returns the value that the leaf has in ``version`` of the content: a tuple from version 1 on."""
-        held = objects.decode(self.encoded)
-        return held if version == 0 else (version, held)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One action of a case.
-
-    Attributes:
-        action: ``save`` writes, ``load`` reads into a destination prepared with other bytes.
-        layout: which of the case's layouts.
-        checkpoint: name of the checkpoint, one path component.
-        version: which content a save writes; a load expects that of the last save under the same name.
-        may_refuse: all ranks may refuse the step; what follows is then not judged.
-        without: numbers of leaves (:attr:`Case.leaves`) that a load does not ask for.
-        misuse: what is wrong on purpose, so that all ranks must refuse the step.
-        misused: number of the leaf that the misuse is about.
-        misused_on: the one rank that asks for the wrong thing; None means all ranks do.
-    """
-
-    action: Literal["save", "load"]
-    layout: int
-    checkpoint: str = "ckpt"
-    version: int = 0
-    may_refuse: bool = False
-    without: tuple[int, ...] = ()
-    misuse: Misuse = "none"
-    misused: int = 0
-    misused_on: int | None = None
-
-
-@dataclass(frozen=True)
-class Options:
-    """Switches of a case.
-
-    Attributes:
-        reuse: the steps share one writer and one reader object, as a training loop does that keeps them.
-    """
-
-    reuse: bool = False
+MUTATED = 1_000_000
+"""Added to the version of the content that was saved: the content that training makes of it after ``async_save``."""
 
 
 @dataclass(frozen=True)
@@ -183,17 +68,33 @@ class Case:
         if any(not 0 <= step.layout < len(self.layouts) for step in self.steps):
             raise ValueError(f"expected steps that name one of {len(self.layouts)} layouts.")
         self._check_leaf_numbers()
+        self._check_order()
+
+    def _check_order(self) -> None:
+        for number, step in enumerate(self.steps):
+            if step.action in ("copy", "rename", "convert") and (not step.target or self.source_of(number) is None):
+                raise ValueError(f"expected step {number} to name a checkpoint that is there, and a target.")
+            if step.resaves:
+                before = self.steps[number - 1] if number else step
+                is_fit = before.action == "load" and (before.layout, before.without) == (step.layout, step.without)
+                if not is_fit or before.lenient or self.version_at(number - 1) != step.version:
+                    raise ValueError(f"expected step {number} to save what the step before has loaded.")
 
     def _check_leaf_numbers(self) -> None:
         num_tensors, num_leaves = len(self.tensors), len(self.leaves)
         for step in self.steps:
-            room = {"none": 1, "no-checkpoint": 1, "unknown-key": num_leaves, "unsavable": num_leaves}.get(
-                step.misuse, num_tensors
-            )
+            room = {
+                "none": 1,
+                "no-checkpoint": 1,
+                "failing-stateful": 1,
+                "unknown-key": num_leaves,
+                "unsavable": num_leaves,
+                "other-kind": num_leaves,
+            }.get(step.misuse, num_tensors)
             if not 0 <= step.misused < max(1, room) or room == 0:
                 raise ValueError(f"expected misuse of one of {room} leaves but got misused={step.misused}.")
             if any(not 0 <= number < num_leaves for number in step.without):
-                raise ValueError(f"expected a load without some of {num_leaves} leaves but got {step.without}.")
+                raise ValueError(f"expected a step without some of {num_leaves} leaves but got {step.without}.")
         for number, tensor in enumerate(self.tensors):
             if tensor.tied_to is not None and not self._may_tie(number, tensor.tied_to):
                 raise ValueError(f"expected tensor {number} to be like an earlier one, and to lie as it does.")
@@ -203,11 +104,9 @@ class Case:
         if not 0 <= earlier < number or self.tensors[earlier].tied_to is not None:
             return False
         other = self.tensors[earlier]
-        same = (one.shape, one.dtype, one.expanded, one.requires_grad) == (
-            other.shape,
-            other.dtype,
-            other.expanded,
-            other.requires_grad,
+        same = all(
+            getattr(one, name) == getattr(other, name)
+            for name in ("shape", "dtype", "expanded", "requires_grad", "later_shape", "later_dtype")
         )
         return same and all(layout.leaves[number] == layout.leaves[earlier] for layout in self.layouts)
 
@@ -225,19 +124,57 @@ class Case:
         """A readable id: the family and eight hex digits of the content."""
         return f"{self.family}-{hashlib.sha256(self.dumps().encode()).hexdigest()[:8]}"
 
+    def source_of(self, number: int) -> int | None:
+        """Returns the save whose state the checkpoint of step ``number`` holds when the step begins; None if none is.
+
+        Copies, renamings and conversions are followed back; a save that all ranks must refuse leaves nothing.
+        """
+        held: dict[str, int] = {}
+        for earlier, step in enumerate(self.steps[:number]):
+            if step.saves and step.misuse == "none":
+                held[step.checkpoint] = earlier
+            elif step.saves:
+                held.pop(step.checkpoint, None)
+            elif step.action in ("copy", "convert"):
+                held[step.target] = held[step.checkpoint]
+            elif step.action == "rename":
+                held[step.target] = held.pop(step.checkpoint)
+            elif step.action == "delete":
+                held.pop(step.checkpoint, None)
+        return held.get(self.steps[number].checkpoint)
+
     def version_at(self, step: int) -> int | None:
         """Returns the content version that a load at ``step`` must bring back, or None if nothing was saved there."""
-        saves = [s for s in self.steps[:step] if s.action == "save" and s.checkpoint == self.steps[step].checkpoint]
-        return saves[-1].version if saves else None
+        source = self.source_of(step)
+        return None if source is None else self.steps[source].version
 
     def version_held(self, step: int) -> int:
         """Returns the content version that a state dict must hold after ``step``: the saved or the loaded one."""
-        held = self.steps[step].version if self.steps[step].action == "save" else self.version_at(step)
+        held = self.steps[step].version if self.steps[step].saves else self.version_at(step)
         return held or 0
 
-    def asked_for(self, step: int) -> list[int]:
-        """Returns the numbers of the leaves (:attr:`leaves`) that the state dict of ``step`` holds."""
-        return [number for number in range(len(self.leaves)) if number not in self.steps[step].without]
+    def asked_for(self, step: int, rank: int | None = None) -> list[int]:
+        """Returns the numbers of the leaves (:attr:`leaves`) that the state dict of ``step`` holds.
+
+        Args:
+            step: its number.
+            rank: whose state dict; None for those of all ranks together.
+        """
+        layout, without = self.layouts[self.steps[step].layout], self.steps[step].without
+        return [
+            number
+            for number in range(len(self.leaves))
+            if number not in without and (rank is None or layout.holds(number, rank))
+        ]
+
+    def is_missing(self, step: int, leaf: int) -> bool:
+        """Reads as: the load at ``step`` asks for a leaf that the checkpoint was saved without."""
+        source = self.source_of(step)
+        return source is not None and leaf in self.steps[source].without
+
+    def tensor(self, number: int, version: int) -> TensorLeaf:
+        """Returns a tensor leaf with the shape and dtype that it has in a content version."""
+        return self.tensors[number].at(version % MUTATED)
 
     def content_seed(self, version: int) -> int:
         """Returns the seed of :mod:`dcpbench.content` for one content version of this case."""
@@ -245,12 +182,41 @@ class Case:
 
     def expected_bytes(self, leaf: int, version: int, region: Region) -> Bytes:
         """Returns the bytes ``[numel, element size]`` that ``region`` of tensor ``leaf`` has in a content version."""
-        tensor = self.tensors[leaf]
-        if tensor.tied_to is not None:
-            tensor = self.tensors[tensor.tied_to]
+        tied_to = self.tensors[leaf].tied_to
+        tensor = self.tensor(leaf if tied_to is None else tied_to, version)
         if tensor.expanded:
             region = Region((((0, 1),) * region.shape[0], *region.runs[1:]))
         return shard_bytes(self.content_seed(version), tensor.fqn, tensor.shape, region, tensor.dtype)
+
+    def misuse_of(self, step: int, leaf: int, rank: int) -> Misuse:
+        """Returns what is wrong on purpose with a leaf on one rank."""
+        one = self.steps[step]
+        return one.misuse if leaf == one.misused and one.misused_on in (None, rank) else "none"
+
+    def shape_asked(self, leaf: int, step: int, rank: int) -> tuple[int, ...]:
+        """Returns the global shape that tensor ``leaf`` has in the state dict of a step, wrong on purpose or not."""
+        shape, tied_to = self.tensor(leaf, self.version_held(step)).shape, self.tensors[leaf].tied_to
+        misuse = self.misuse_of(step, leaf, rank)
+        if misuse == "none" and tied_to is not None:  # it is the very tensor
+            misuse = self.misuse_of(step, tied_to, rank)
+        match misuse:
+            case "larger":
+                return (shape[0] + 1, *shape[1:])
+            case "smaller":
+                return (shape[0] - 1, *shape[1:])
+            case "extra-dim":
+                return (*shape, 1)
+        return shape
+
+    def destination_bytes(self, leaf: int, step: int, rank: int) -> Bytes:
+        """Returns what a rank's part of tensor ``leaf`` holds before a load: nothing that belongs there."""
+        version, shape = self.version_held(step), self.shape_asked(leaf, step, rank)
+        tensor = self.tensor(leaf, version)
+        region = self.layouts[self.steps[step].layout].region(leaf, shape, rank)
+        assert region is not None, "a rank outside the mesh has no part of it"
+        if shape != tensor.shape:
+            return np.zeros((region.numel, DTYPES[tensor.dtype]), dtype=np.uint8)
+        return overwritten(self.expected_bytes(leaf, version, region), tensor.dtype)
 
     def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
         """Hypothesis prints a failing case by its id; all of it stands in the file that the failure writes."""

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dcpbench import __version__, rules
-from dcpbench.errors import DcpbenchError
+from dcpbench.case import Case
+from dcpbench.errors import DcpbenchError, UsageError
 
 __all__ = ["main"]
 
@@ -51,11 +52,41 @@ def _parser() -> argparse.ArgumentParser:
     catalogue.add_argument("--markdown", action="store_true", help="as the page docs/rules.md")
     catalogue.set_defaults(run=_rules)
 
+    conform = commands.add_parser("conformance", help="run the suites on a backend and write its certificate")
+    conform.add_argument("--backend", action="append", required=True, metavar="NAME", help="may be given several times")
+    conform.add_argument("--out", type=Path, default=Path("certificate"), metavar="DIR", help="(default: certificate)")
+    conform.add_argument("--world-size", type=int, default=4, metavar="N", help="ranks (default: 4)")
+    conform.add_argument("--profile", default="quick", metavar="quick|standard|nightly", help="(default: quick)")
+    conform.add_argument("more", nargs="*", metavar="ARGUMENT", help="further arguments of pytest, behind --")
+    conform.set_defaults(run=_conformance)
+
     bench = commands.add_parser("bench", help="measure").add_subparsers(required=True, metavar="WHAT")
     harness = bench.add_parser("harness", help="what the harness itself costs, side by side with bare calls")
     harness.add_argument("--world-size", type=int, default=8, metavar="N")
     harness.add_argument("--trips", type=int, default=15, metavar="N", help="round trips per sample")
     harness.set_defaults(run=_bench_harness)
+    reference = bench.add_parser("reference", help="the reference beside torch and the raw I/O limit")
+    reference.add_argument("--rounds", type=int, default=5, metavar="N", help="timed rounds (default: 5)")
+    reference.add_argument("--scale", type=float, default=1.0, metavar="SHARE", help="of the state (default: 1.0)")
+    reference.add_argument("--disk", type=Path, metavar="FOLDER", help="a folder on a disk (default: the system's)")
+    reference.add_argument("--json", type=Path, metavar="FILE", help="write every sample to a file")
+    reference.add_argument("--gate", action="store_true", help="exit with 1 if a goal is missed")
+    reference.set_defaults(run=_bench_reference)
+    faults = commands.add_parser("faults", help="crashes, failing calls, damage, hostile files").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    table = faults.add_parser("table", help="print docs/faults.md: backends side by side")
+    table.add_argument("--backend", action="append", help="several times (default: torch and reference)")
+    table.add_argument("--trials", type=int, default=10_000, metavar="N", help="of damage (default: 10000)")
+    table.set_defaults(run=_faults_table)
+    trace = faults.add_parser("trace", help="print what a save does to its storage, and how a crash breaks it")
+    trace.add_argument("--backend", default="torch", help="torch (default), reference or package.module:attribute")
+    trace.add_argument("--scenario", default="overwrite", help="what is saved (default: overwrite)")
+    trace.set_defaults(run=_faults_trace)
+    again = faults.add_parser("replay", help="load the storage in a failure's file again")
+    again.add_argument("file", type=Path, help="what a failing fault suite wrote under results/failures/")
+    again.add_argument("--backend", help="backend that loads (default: the one that the file names)")
+    again.set_defaults(run=_faults_replay)
     return parser
 
 
@@ -78,10 +109,15 @@ def _replay(given: argparse.Namespace) -> int:
 
 
 def _script(given: argparse.Namespace) -> int:
-    from dcpbench.case import Case
+    from dcpbench.case_files import load_case
     from dcpbench.script import as_script
 
-    print(as_script(Case.load(given.file), given.backend), end="")
+    case = load_case(given.file)
+    if not isinstance(case, Case):
+        raise UsageError(
+            f"Expected a case of a plain state dict but {given.file} is of training. Try: dcpbench replay {given.file}"
+        )
+    print(as_script(case, given.backend), end="")
     return 0
 
 
@@ -94,10 +130,46 @@ def _rules(given: argparse.Namespace) -> int:
     return 0
 
 
+def _faults_table(given: argparse.Namespace) -> int:
+    from dcpbench.faults.report import faults_page
+
+    print(faults_page(given.backend or ["torch", "reference"], given.trials, lambda line: print(line, file=sys.stderr)))
+    return 0
+
+
+def _faults_trace(given: argparse.Namespace) -> int:
+    from dcpbench.faults.report import trace_lines
+
+    lines, is_kept = trace_lines(given.backend, given.scenario)
+    print("\n".join(lines))
+    return 0 if is_kept else 1
+
+
+def _faults_replay(given: argparse.Namespace) -> int:
+    from dcpbench.faults.report import replay_lines
+
+    print("\n".join(replay_lines(given.file, given.backend)))
+    return 0
+
+
 def _bench_harness(given: argparse.Namespace) -> int:
     from dcpbench.bench.harness import measure
 
     return measure(given.world_size, given.trips)
+
+
+def _conformance(given: argparse.Namespace) -> int:
+    from dcpbench.conformance import conformance
+
+    return conformance(
+        given.backend, given.out.resolve(), world_size=given.world_size, profile=given.profile, more=given.more
+    )
+
+
+def _bench_reference(given: argparse.Namespace) -> int:
+    from dcpbench.bench.reference import Options, measure
+
+    return measure(Options(given.rounds, given.scale, given.disk, given.json, given.gate))
 
 
 if __name__ == "__main__":

@@ -8,20 +8,24 @@ and must still fail by the same rule; when it passes, the defect was mended and 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dcpbench import codec
-from dcpbench.case import Case
+from dcpbench.backends.parts import PARTS, parts_of
+from dcpbench.case_files import AnyCase
 from dcpbench.errors import MalformedFile, UsageError
 from dcpbench.facts import FACTS, facts_of
 from dcpbench.oracle.verdict import Finding
 from dcpbench.rules import RULES
 
-__all__ = ["SEVERITIES", "Defect", "explains", "load_defects"]
+__all__ = ["DEFECT_PARTS", "SEVERITIES", "Defect", "avoided", "defects_of", "explains", "load_defects"]
 
 SEVERITIES = ("silent wrong data", "data loss", "hang", "crash", "unclear error", "security", "resource")
+
+DEFECT_PARTS = (*PARTS, "state_dict")
+"""What a defect may be in: the parts of a backend, and the functions for the state of models and optimizers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,10 @@ class Defect:
         severity: one of :data:`SEVERITIES`.
         reference: the place in the backend's source or documentation that shows it.
         reproducer: path of a case file; the list names it relative to itself.
+        part: what of the backend is wrong, one of :data:`DEFECT_PARTS`; other backends may be built on it. Empty
+            where no part is to blame alone.
         text: what the finding's own lines must contain, where rule and facts alone would hide too much.
+        is_avoided: a search leaves out cases that it would strike, since each of them hangs; its reproducer shows it.
     """
 
     id: str
@@ -48,11 +55,15 @@ class Defect:
     severity: str
     reference: str
     reproducer: str
+    part: str = ""
     text: str = ""
+    is_avoided: bool = False
 
     def __post_init__(self) -> None:
         if self.severity not in SEVERITIES:
             raise ValueError(f"expected a severity of {', '.join(SEVERITIES)} but got {self.severity!r}.")
+        if self.part and self.part not in DEFECT_PARTS:
+            raise ValueError(f"expected a part of {', '.join(DEFECT_PARTS)} but got {self.part!r}.")
         if unknown := [code for code in self.rules if code not in RULES]:
             raise ValueError(f"expected codes of docs/rules.md but got {unknown[0]!r}.")
         plain = {fact.split("<")[0] for fact in FACTS}
@@ -85,7 +96,7 @@ def load_defects(path: Path, backend: str) -> tuple[Defect, ...]:
     return tuple(found)
 
 
-def explains(defects: Sequence[Defect], case: Case, finding: Finding) -> Defect | None:
+def explains(defects: Sequence[Defect], case: AnyCase, finding: Finding) -> Defect | None:
     """Returns the entry that explains ``finding``, or None if it is new."""
     for defect in defects:
         if finding.rule not in defect.rules or defect.text not in finding.text():
@@ -93,3 +104,34 @@ def explains(defects: Sequence[Defect], case: Case, finding: Finding) -> Defect 
         if any(facts.issuperset(defect.when) for facts in facts_of(case, finding)):
             return defect
     return None
+
+
+def avoided(defects: Sequence[Defect], case: AnyCase) -> Defect | None:
+    """Returns the entry for which a search leaves ``case`` out, or None if it is to be run."""
+    for defect in defects:
+        for step in range(len(case.steps)) if defect.is_avoided else ():
+            if any(facts.issuperset(defect.when) for facts in facts_of(case, Finding(defect.rules[0], "", step=step))):
+                return defect
+    return None
+
+
+def defects_of(
+    specification: str, lists: Mapping[str, Sequence[Defect]], torch_parts: Mapping[str, Sequence[str]]
+) -> list[Defect]:
+    """Returns the known defects that a backend may show: its own, and those of the parts of torch that it is built on.
+
+    Args:
+        specification: the backend, or one put together from parts.
+        lists: known defects by backend.
+        torch_parts: for a backend that is built on torch's DCP, which parts of that it runs.
+    """
+    sources = parts_of(specification)
+    if sources is None:
+        inherited = torch_parts.get(specification, ())
+        return [*lists.get(specification, ()), *(d for d in lists.get("torch", ()) if d.part in inherited)]
+    return [
+        defect
+        for name in dict.fromkeys(sources.values())
+        for defect in defects_of(name, lists, torch_parts)
+        if sources.get("engine" if defect.part == "state_dict" else defect.part, name) == name
+    ]

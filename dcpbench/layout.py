@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dcpbench.geometry import Region, full_region, runs_of, split, split_strided
 
-__all__ = ["Layout", "LeafLayout", "MemoryForm", "Mesh", "Placement"]
+__all__ = ["Holders", "Layout", "LeafLayout", "MemoryForm", "Mesh", "Placement"]
 
 MemoryForm = Literal["contiguous", "transposed", "sliced", "conjugated"]
 """How a local tensor lies in memory: in order; with the order of its strides reversed; as a view with gaps into a
@@ -89,16 +89,35 @@ class Placement:
 
 @dataclass(frozen=True)
 class LeafLayout:
-    """How one tensor lies on the ranks: placements, one per mesh axis, or None for a plain tensor on every rank."""
+    """How one tensor lies on the ranks: placements, one per mesh axis, or None for a plain tensor on every rank.
+
+    Attributes:
+        mesh: the mesh of this tensor, where it is not that of the layout.
+    """
 
     placements: tuple[Placement, ...] | None = None
     memory: MemoryForm = "contiguous"
+    mesh: Mesh | None = None
 
     def __str__(self) -> str:
         form = "" if self.memory == "contiguous" else f" {self.memory}"
         if self.placements is None:
             return f"plain{form}"
-        return f"[{', '.join(map(str, self.placements))}]{form}"
+        own = "" if self.mesh is None else f" on mesh {self.mesh}"
+        return f"[{', '.join(map(str, self.placements))}]{form}{own}"
+
+
+@dataclass(frozen=True)
+class Holders:
+    """The ranks whose state dict has a leaf, where not all have it.
+
+    Attributes:
+        leaf: its number among the leaves of the case.
+        ranks: at least one, ascending.
+    """
+
+    leaf: int
+    ranks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -110,21 +129,46 @@ class Layout:
         mesh: the mesh of the sharded tensors.
         leaves: one entry per tensor leaf of the case, in its order.
         distributed: False means one process without any process group.
+        holders: of each leaf that only some ranks have in their state dict; all others are held by all members.
+        members: the ranks that take part, as a process group of their own; none means all, and the default group.
     """
 
     world_size: int
     mesh: Mesh
     leaves: tuple[LeafLayout, ...]
     distributed: bool = True
+    holders: tuple[Holders, ...] = ()
+    members: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.world_size < 1 or any(not 0 <= rank < self.world_size for rank in self.mesh.ranks):
             raise ValueError(f"expected the mesh within the world but got {self.world_size=} ranks={self.mesh.ranks}.")
         if not self.distributed and self.world_size != 1:
             raise ValueError(f"expected world_size=1 without a process group but got {self.world_size}.")
-        for leaf in self.leaves:
-            if leaf.placements is not None and len(leaf.placements) != len(self.mesh.axes):
-                raise ValueError(f"expected one placement per mesh axis but got {leaf} on {self.mesh}.")
+        if any(not 0 <= rank < self.world_size for rank in self.members):
+            raise ValueError(f"expected members of a world of {self.world_size} but got {self.members}.")
+        taking_part = set(self.members or range(self.world_size))
+        if any(not held.ranks or not taking_part.issuperset(held.ranks) for held in self.holders):
+            raise ValueError(f"expected ranks that take part as holders but got {self.holders}.")
+        for number, leaf in enumerate(self.leaves):
+            mesh = self.mesh_of(number)
+            if leaf.placements is not None and len(leaf.placements) != len(mesh.axes):
+                raise ValueError(f"expected one placement per mesh axis but got {leaf} on {mesh}.")
+            if leaf.placements is not None and not all(self.holds(number, rank) for rank in mesh.ranks):
+                raise ValueError(f"expected each rank of {mesh} to hold what lies on it but got {self.holders}.")
+
+    def mesh_of(self, leaf: int) -> Mesh:
+        """Returns the mesh of tensor ``leaf``."""
+        return self.leaves[leaf].mesh or self.mesh
+
+    def takes_part(self, rank: int) -> bool:
+        """Reads as: ``rank`` makes the call."""
+        return not self.members or rank in self.members
+
+    def holds(self, leaf: int, rank: int) -> bool:
+        """Reads as: the state dict of ``rank`` has the leaf of that number, be it without any element of it."""
+        held = next((held.ranks for held in self.holders if held.leaf == leaf), None)
+        return self.takes_part(rank) if held is None else rank in held
 
     def region(self, leaf: int, shape: tuple[int, ...], rank: int) -> Region | None:
         """Returns what ``rank`` holds of tensor ``leaf``; None if its mesh leaves the rank out.
@@ -135,11 +179,12 @@ class Layout:
         placements = self.leaves[leaf].placements
         if placements is None:
             return full_region(shape)
-        coordinate = self.mesh.coordinate(rank)
+        mesh = self.mesh_of(leaf)
+        coordinate = mesh.coordinate(rank)
         if coordinate is None:
             return None
         indices: list[Any] = [range(size) for size in shape]
-        for place, size, cut in zip(coordinate, self.mesh.sizes, placements, strict=True):
+        for place, size, cut in zip(coordinate, mesh.sizes, placements, strict=True):
             if cut.dim is None:
                 continue
             if cut.split_factor == 1:

@@ -28,9 +28,9 @@ __all__ = [
     "Welcome",
 ]
 
-Outcome = Literal["ok", "raised", "died", "hung", "unconnected"]
+Outcome = Literal["ok", "raised", "died", "hung", "unconnected", "unsupported"]
 """How a step ended on a rank: it returned; it raised; the process was lost; it did not return in time; the ranks could
-not connect to each other, so that nothing can be said of the backend."""
+not connect to each other, so that nothing can be said of the backend; the backend has no such feature."""
 
 
 @dataclass(frozen=True)
@@ -178,13 +178,14 @@ class Observation:
     """What one rank saw of one step.
 
     Attributes:
-        phase: the last part of the step that the rank entered: connect, build, open, save or load, metadata, observe.
-            Of these, open, save, load and metadata are the backend's doing; the others are ours.
+        phase: the last part of the step that the rank entered: connect, build, open, then the name of the action,
+            disturb, metadata, arrange, observe. Connect, build, disturb, arrange and observe are ours.
         error: what it raised, or for a lost or hung rank what is known of the cause.
         stacks: Python stacks of all threads of the rank, where it was stopped or others were.
         tensors, objects: the state dict after the step: what was loaded, or what a save left of its source.
         keys: paths of all leaves of the state dict after the step, to see what was added.
-        tables: the metadata of the checkpoint after a save; None unless the rank was asked for it and could read it.
+        tables: the metadata of the checkpoint after a save, or a wait for one; None unless the rank was asked for it
+            and could read it.
         bytes_on_storage: size of the checkpoint's files after a save; None where it is not a folder.
         value: what a called program returned.
     """

@@ -2,7 +2,7 @@
 
 A value becomes JSON values tagged with its type, so that a case file can name it and the judge, which never sees the
 loaded object itself, can compare it: ``1``, ``True`` and ``1.0`` differ, ``0.0`` and ``-0.0`` differ, a NaN equals the
-same NaN, an ``OrderedDict`` is no ``dict``.
+same NaN, an ``OrderedDict`` is no ``dict``. Kinds that need more than this are in :mod:`dcpbench.object_kinds`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["decode", "differs_at", "encode"]
+from dcpbench import object_kinds
+
+__all__ = ["CHANGED_LATER", "NEVER_LOADED", "decode", "differs_at", "encode"]
+
+NEVER_LOADED: str = "dcpbench: this value was never loaded"
+"""What a destination holds before a load; no generated value is equal to it."""
+
+CHANGED_LATER = "dcpbench: this was put in after async_save had returned"
+"""What training puts into values once an asynchronous save has begun."""
 
 
 def encode(value: Any) -> Any:
@@ -39,6 +47,8 @@ def encode(value: Any) -> Any:
         return {kind.__name__: sorted((encode(v) for v in value), key=json.dumps)}
     if kind in (dict, OrderedDict):
         return {kind.__name__: [[encode(k), encode(v)] for k, v in value.items()]}
+    if (rich := object_kinds.encode(value, encode)) is not None:
+        return rich
     return {"other": [f"{kind.__module__}.{kind.__qualname__}", repr(value)]}
 
 
@@ -53,6 +63,8 @@ def decode(data: Any) -> Any:
     if not isinstance(data, dict) or len(data) != 1:
         raise ValueError(f"expected an object with one type tag but got {data!r:.60}.")
     ((tag, held),) = data.items()
+    if tag in object_kinds.TAGS:
+        return object_kinds.decode(tag, held, decode)
     if tag not in _DECODERS:
         raise ValueError(f"expected a type tag such as 'int' or 'list' but got {tag!r}.")
     return _DECODERS[tag](held)

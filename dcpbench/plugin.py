@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
 
-from dcpbench import known_defects
-from dcpbench.backends import registry
+from dcpbench import codec, known_defects
+from dcpbench.backends import parts, registry
 from dcpbench.errors import DcpbenchError, UsageError, expected
 from dcpbench.messages import Call
 from dcpbench.oracle.verdict import RuleBrokenError
+from dcpbench.report.certificate import STATUSES, Failure, write_certificate
 from dcpbench.report.progress import Progress
 from dcpbench.strategies import scope
 from dcpbench.suite_session import Settings, SuiteSession
+from dcpbench.suites_folder import SUITES
 
 __all__ = ["PROFILES", "session_of"]
 
@@ -25,6 +28,7 @@ PROFILES = {"quick": 20, "standard": 150, "nightly": 2000}
 """Cases per test and backend."""
 
 MAX_WORLD_SIZE = 128
+_NEEDS_TWO = "needs two backends of the same format: give --backend=torch --backend=reference"
 _SESSION = pytest.StashKey[SuiteSession]()
 _COMMON = {
     "deadline": None,  # ranks have their own timeout
@@ -56,14 +60,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--results", default="results", metavar="DIR", help="where records and failures go (default: results)"
     )
+    group.addoption(
+        "--known-defects",
+        type=Path,
+        metavar="FILE",
+        help="known defects of the backends that do not ship with dcpbench (default: none)",
+    )
+    group.addoption("--certificate", metavar="DIR", help="write a certificate there: every rule on every backend")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     try:
         settings = _settings(config)
-        folder = config.rootpath / "suites" / "known_defects"
-        defects = {name: known_defects.load_defects(folder / f"{name}.toml", name) for name in settings.backends}
+        defects = _known_defects(settings, config.getoption("--known-defects"))
     except UsageError as error:
         raise pytest.UsageError(str(error)) from error
     scope.max_world_size = settings.world_size
@@ -73,7 +83,8 @@ def pytest_configure(config: pytest.Config) -> None:
             options["database"] = None
         hypothesis.settings.register_profile(name, **options)
     hypothesis.settings.load_profile(settings.profile)
-    config.stash[_SESSION] = SuiteSession(settings, defects)
+    torch_parts = getattr(config, "workerinput", {}).get("dcpbench", {})
+    config.stash[_SESSION] = SuiteSession(settings, defects, torch_parts)
 
 
 def _settings(config: pytest.Config) -> Settings:
@@ -95,6 +106,16 @@ def _settings(config: pytest.Config) -> Settings:
     return Settings(world_size, device, backends, profile, timeout, Path(config.getoption("--results")))
 
 
+def _known_defects(settings: Settings, own: Path | None) -> dict[str, tuple[known_defects.Defect, ...]]:
+    """Returns the known defects of each backend: of those that ship from beside the suites, of others from ``own``."""
+    files = {name: SUITES / "known_defects" / f"{name}.toml" for name in (*registry.KNOWN, *settings.backends)}
+    if own is not None:
+        if not own.is_file():
+            raise expected("a file of known defects", "--known-defects", str(own), "Give one, or leave it out.")
+        files |= {name: own for name in settings.backends if name not in registry.KNOWN}
+    return {name: known_defects.load_defects(file, name) for name, file in files.items()}
+
+
 def session_of(config: pytest.Config) -> SuiteSession:
     """Returns the suite session of this pytest run."""
     return config.stash[_SESSION]
@@ -103,7 +124,7 @@ def session_of(config: pytest.Config) -> SuiteSession:
 def pytest_report_header(config: pytest.Config) -> str:
     session = session_of(config)
     used = session.settings
-    known = ", ".join(f"{name} {len(found)}" for name, found in session.defects.items() if found) or "none"
+    known = ", ".join(f"{name} {len(found)}" for name in used.backends if (found := session.defects[name])) or "none"
     return (
         f"dcpbench: {used.world_size} ranks on {used.device}, backends {', '.join(used.backends)}, "
         f"profile {used.profile} ({PROFILES[used.profile]} cases a test), known defects: {known}"
@@ -118,10 +139,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "saver" in metafunc.fixturenames:
         shared = [name for name in names if name in registry.KNOWN]
         pairs = [pytest.param(one, other, id=f"{one}-to-{other}") for one in shared for other in shared if one != other]
-        why = "needs two backends of the same format: give --backend=torch --backend=reference"
-        metafunc.parametrize(("saver", "loader"), pairs or [_none("torch", "reference", why=why)])
+        metafunc.parametrize(("saver", "loader"), pairs or [_none("torch", "reference", why=_NEEDS_TWO)])
+    if "swapped" in metafunc.fixturenames:
+        both = combinations([name for name in names if name in registry.KNOWN], 2)
+        mixed = [s for one, other in both for s in parts.combinations(one, other) if len(parts.names_in(s)) > 1]
+        ids = ["-".join((parts.parts_of(specification) or {}).values()) for specification in mixed]
+        metafunc.parametrize("swapped", mixed or [_none("", why=_NEEDS_TWO)], ids=ids or None)
     if "regression" in metafunc.fixturenames:
-        files = sorted((metafunc.config.rootpath / "suites" / "regressions").glob("*.json"))
+        files = sorted((SUITES / "regressions").glob("*.json"))
         regressions = [pytest.param(file, id=file.stem) for file in files]
         metafunc.parametrize("regression", regressions or [_none(None, why="no case ever failed")])
     if "known_defect" in metafunc.fixturenames:
@@ -165,6 +190,15 @@ def _check_backends(suite: SuiteSession) -> None:
             raise UsageError(seen.value["problem"])
         if suite.settings.device == "cuda" and not seen.value["num_cuda_devices"]:
             raise expected("a CUDA device", "--device", "cuda", "Give --device=cpu, or run where torch sees a GPU.")
+        if name not in registry.KNOWN:
+            suite.torch_parts[name] = _torch_parts(suite, name)
+
+
+def _torch_parts(suite: SuiteSession, backend: str) -> tuple[str, ...]:
+    """Has a rank find out what of torch a backend is built on; nothing, where the backend ends the rank or hangs."""
+    target = "dcpbench.backends.lineage:describe"
+    (seen,) = suite.pool.step(Call(0, 1, target, {"specification": backend}, distributed=False))
+    return tuple(seen.value) if seen.outcome == "ok" else ()
 
 
 def _check_backends_before_workers_start(suite: SuiteSession) -> None:
@@ -178,6 +212,7 @@ def _check_backends_before_workers_start(suite: SuiteSession) -> None:
         raise pytest.UsageError(str(error)) from error
     finally:
         alone.close()
+    suite.torch_parts |= alone.torch_parts
 
 
 def _is_xdist_controller(config: pytest.Config) -> bool:
@@ -222,10 +257,13 @@ def pytest_runtest_makereport(
         if suite.show_progress is not None:
             suite.show_progress("")
         broken = list(_broken_rules(call.excinfo.value)) if call.excinfo else []
+        texts = []
         for error in broken:
-            suite.write_evidence(error)
+            file = suite.write_evidence(error)
+            texts.append(_text(error, call, suite))
+            suite.failures.append(Failure(error.finding.rule, error.backend, texts[-1], str(file)))
         if broken:
-            report.longrepr = "\n\n".join(dict.fromkeys(_text(error, call) for error in broken))
+            report.longrepr = "\n\n".join(dict.fromkeys(texts))
         elif report.passed and suite.unknown:
             report.outcome = "failed"
             report.longrepr = (
@@ -243,10 +281,11 @@ def _broken_rules(error: BaseException) -> Iterator[RuleBrokenError]:
             yield from _broken_rules(part)
 
 
-def _text(error: RuleBrokenError, call: pytest.CallInfo[None]) -> str:
+def _text(error: RuleBrokenError, call: pytest.CallInfo[None], suite: SuiteSession) -> str:
     if call.excinfo is not None and isinstance(call.excinfo.value, hypothesis.errors.Flaky):
         return f"UNKNOWN: not the same twice. Seen once, and not when the case was run again:\n{error}"
-    return str(error)
+    part = suite.guilty_part(error)
+    return f"{error}\n  part       {part}" if part else str(error)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -257,8 +296,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         output["dcpbench"] = {
             "counts": [[*key, number] for key, number in suite.counts.items()],
             "known": [[*key, number] for key, number in suite.known.items()],
+            "tally": [[*key, number] for key, number in suite.tally.items()],
+            "failures": [codec.to_json(failure) for failure in suite.failures],
             "rows": suite.rows,
         }
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tells an xdist worker what the controller found out about the backends."""
+    node.workerinput["dcpbench"] = session_of(node.config).torch_parts
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -270,6 +317,9 @@ def pytest_testnodedown(node: Any) -> None:
         suite.counts[tuple(key)] += number
     for *key, number in held.get("known", ()):
         suite.known[tuple(key)] += number
+    for *key, number in held.get("tally", ()):
+        suite.tally[tuple(key)] += number
+    suite.failures += [codec.from_json(Failure, failure, "xdist worker") for failure in held.get("failures", ())]
     suite.rows += held.get("rows", [])
 
 
@@ -288,6 +338,24 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"The records could not be written: {error}.", red=True)
     else:
         terminalreporter.write_line(f"records: {path}")
+    if folder := config.getoption("--certificate"):
+        _certify(terminalreporter, config, Path(folder))
+
+
+def _certify(terminalreporter: pytest.TerminalReporter, config: pytest.Config, folder: Path) -> None:
+    suite = session_of(config)
+    is_same_each_time = suite.settings.profile == "quick"
+    seed = "the same each time" if is_same_each_time else str(config.getoption("--hypothesis-seed") or "random")
+    certificate = suite.certificate(seed)
+    for backend in certificate.backends:
+        counts = ", ".join(f"{certificate.count(backend, status)} {status}" for status in STATUSES)
+        terminalreporter.write_line(f"certificate of {backend}: {counts}")
+    try:
+        paths = write_certificate(certificate, folder)
+    except OSError as error:
+        terminalreporter.write_line(f"The certificate could not be written: {error}.", red=True)
+    else:
+        terminalreporter.write_line(f"certificate: {', '.join(map(str, paths))}")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dcpbench.backends import registry
-from dcpbench.case import Case
+from dcpbench.case_files import AnyCase, load_case
 from dcpbench.oracle.judge import judge
 from dcpbench.oracle.verdict import Verdict
 from dcpbench.ranks.pool import RankPool
@@ -19,7 +19,7 @@ __all__ = ["Replay", "replay"]
 class Replay:
     """What a replay ran, and its verdict."""
 
-    case: Case
+    case: AnyCase
     backend: str
     load_backend: str
     verdict: Verdict
@@ -40,7 +40,7 @@ def replay(
     Raises:
         UsageError: the file is malformed or the backend unknown.
     """
-    case = Case.load(path)
+    case = load_case(path)
     named = json.loads(path.read_text(encoding="utf-8"))
     saver = backend or named.get("backend", "torch")
     loader = load_backend or backend or named.get("load_backend", saver)

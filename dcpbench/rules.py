@@ -6,8 +6,11 @@ shows for each rule a wrong backend that the rule catches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Final
+
+from dcpbench.fault_rules import FAULT_RULES
+from dcpbench.rule import Rule
 
 __all__ = ["FAMILIES", "RULES", "Rule", "as_markdown"]
 
@@ -17,32 +20,37 @@ FAMILIES: Final = {
     "tiling": "The metadata describes each element of each tensor once.",
     "objects": "Values that are not tensors come back as they were.",
     "outcome": "All ranks end the same way, in time, and bad input is refused with its reason.",
+    "training": "Training goes on from a checkpoint as if it had never stopped, and after a look as if there was none.",
+    "durability": "After a fault a load brings the old checkpoint whole, or the new one whole, or a clear error.",
+    "security": "A checkpoint is data: whatever it holds, loading it harms nothing.",
+    "async": "A save in the background saves the state at the call.",
 }
 
 _LOAD = "torch.distributed.checkpoint.load (documentation)"
 _SAVE = "torch.distributed.checkpoint.save (documentation)"
+_STATE = "torch.distributed.checkpoint.state_dict"
 _METADATA = "torch.distributed.checkpoint.metadata (source), DefaultSavePlanner's validation of the global plan"
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """One sentence that holds for every correct backend.
-
-    Attributes:
-        code: ``R`` and three digits; the first digit is the family.
-        name: two or three words, hyphenated.
-        family: a key of :data:`FAMILIES`.
-        sentence: what the backend must do.
-        source: the document that says so.
-        mutant: the wrong backend in ``tests/mutants`` that the rule catches.
-    """
-
-    code: str
-    name: str
-    family: str
-    sentence: str
-    source: str
-    mutant: str
+_IMPLIES: Final = {
+    "R102": ("R101",),
+    "R103": ("R101", "R107"),
+    "R104": ("R402",),
+    "R201": ("R202",),
+    "R301": ("R107",),
+    "R302": ("R101",),
+    "R303": ("R101", "R107"),
+    "R304": ("R102", "R103", "R501"),
+    "R503": ("R502",),
+    "R504": ("R502", "R503"),
+    "R601": ("R604", "R605", "R606", "R607"),
+    "R602": ("R604",),
+    "R604": ("R605", "R606"),
+    "R802": ("R801",),
+    "R806": ("R801",),
+    "R902": ("R904",),
+}
+"""What breaks the one may break the others as well."""
 
 
 _ALL = (
@@ -103,6 +111,14 @@ _ALL = (
         "lazy_reader",
     ),
     Rule(
+        "R108",
+        "touched-missing",
+        "values",
+        "A load that may be partial must leave what the checkpoint lacks as it is.",
+        "DefaultLoadPlanner: allow_partial_load; keys that are not in the checkpoint are passed over",
+        "zeroes_missing",
+    ),
+    Rule(
         "R201",
         "replaced-tensor",
         "identity",
@@ -133,6 +149,14 @@ _ALL = (
         "A save must leave the state dict that it saves as it is: its tensors, values and keys.",
         f"{_SAVE}: each rank saves its local shards",
         "alters_sources",
+    ),
+    Rule(
+        "R205",
+        "changed-on-refusal",
+        "identity",
+        "A load that is refused for what it asks must leave its destination as it was.",
+        "torch.distributed.checkpoint.LoadPlanner (documentation): plans are made, on all ranks, before data is read",
+        "fills_before_checking",
     ),
     Rule(
         "R301",
@@ -230,9 +254,90 @@ _ALL = (
         "create_default_local_load_plan (source): the error names the fqn",
         "mumbling_loader",
     ),
+    Rule(
+        "R601",
+        "wrong-state",
+        "training",
+        "A state dict must hold each tensor and value of model and optimizers as it is when it is read.",
+        f"{_STATE}.get_state_dict (documentation)",
+        "rounds_moments",
+    ),
+    Rule(
+        "R602",
+        "wrong-names",
+        "training",
+        "A state dict must name each parameter, persistent buffer and optimizer entry by its FQN, and nothing else.",
+        f"{_STATE}.get_state_dict (documentation): the keys are the canonical FQNs",
+        "forgets_buffers",
+    ),
+    Rule(
+        "R603",
+        "changed-by-reading",
+        "training",
+        "Reading a state dict must not change training: what follows is the same to the bit as without it.",
+        f"{_STATE}.get_state_dict (documentation): it returns the state",
+        "steps_to_read",
+    ),
+    Rule(
+        "R604",
+        "not-resumed",
+        "training",
+        "After a checkpoint is loaded and set, model and optimizers must hold what was saved, under any parallelism.",
+        f"{_STATE}.get_state_dict (documentation): it can be resharded with other trainers and parallelisms",
+        "keeps_own_buffers",
+    ),
+    Rule(
+        "R605",
+        "diverged",
+        "training",
+        "Training resumed under the same parallelism must go on to the bit as if it had never stopped.",
+        f"{_STATE}.set_state_dict (documentation): the counterpart of get_state_dict",
+        "leaves_evaluation_mode",
+    ),
+    Rule(
+        "R606",
+        "drifted",
+        "training",
+        "Training resumed under another parallelism must have the losses of the uninterrupted run, but for rounding.",
+        f"{_STATE}.get_state_dict (documentation): it can be resharded with other trainers and parallelisms",
+        "evaluates_what_is_whole",
+    ),
+    Rule(
+        "R607",
+        "not-the-identity",
+        "training",
+        "Setting what was read must leave model, optimizers and the training after it as they were when it was read.",
+        f"{_STATE}.set_state_dict (documentation): the counterpart of get_state_dict",
+        "forgets_steps",
+    ),
+    Rule(
+        "R608",
+        "tied-to-state-dict",
+        "training",
+        "Model and optimizers must not keep the memory of a state dict that was set.",
+        "torch.nn.Module.load_state_dict (documentation): it copies; two optimizers may be set from one state dict",
+        "shares_moments",
+    ),
+    Rule(
+        "R609",
+        "spoiled-state-dict",
+        "training",
+        "Setting a state dict must leave it as it is: it may be set again.",
+        f"{_STATE}.set_state_dict (documentation): it loads the state; the state dict is an input",
+        "consumes_what_is_set",
+    ),
+    Rule(
+        "R701",
+        "changed-after-call",
+        "async",
+        "What async_save saves must be the state at the moment when it returns, whatever becomes of it afterwards.",
+        "torch.distributed.checkpoint.staging.AsyncStager (documentation): updates after staging must not be reflected",
+        "stages_by_reference",
+    ),
+    *FAULT_RULES,
 )
 
-RULES: Final[dict[str, Rule]] = {rule.code: rule for rule in _ALL}
+RULES: Final[dict[str, Rule]] = {rule.code: replace(rule, implies=_IMPLIES.get(rule.code, ())) for rule in _ALL}
 """The catalogue, by code."""
 
 
@@ -250,4 +355,6 @@ def as_markdown() -> str:
             if rule.family == family:
                 lines += ["", f'### <a id="{rule.code.lower()}"></a>{rule.code} {rule.name}', "", rule.sentence, ""]
                 lines += [f"- source: {rule.source}", f"- mutant: `{rule.mutant}`"]
+                if implied := _IMPLIES.get(rule.code):
+                    lines += [f"- may break as well: {', '.join(implied)}"]
     return "\n".join(lines) + "\n"

@@ -17,12 +17,15 @@ from typing import Any
 import hypothesis
 
 from dcpbench import codec
+from dcpbench.backends import parts
 from dcpbench.case import Case
-from dcpbench.known_defects import Defect, explains
+from dcpbench.case_files import AnyCase
+from dcpbench.known_defects import Defect, avoided, defects_of, explains
 from dcpbench.messages import Call, Observation
 from dcpbench.oracle.judge import judge
 from dcpbench.oracle.verdict import RULE_ERRORS, Finding, RuleBrokenError, UnknownError, Verdict
 from dcpbench.ranks.pool import RankPool
+from dcpbench.report.certificate import Certificate, Failure, Tally, entries_of, now, versions
 
 __all__ = ["Settings", "SuiteSession"]
 
@@ -44,7 +47,7 @@ class Settings:
 
 @dataclass(slots=True)
 class _Run:
-    case: Case
+    case: AnyCase
     backend: str
     load_backend: str
     observations: tuple[Observation, ...]
@@ -59,8 +62,12 @@ class SuiteSession:
     """Runs cases, judges what verdicts mean for the test, and keeps the books.
 
     Attributes:
+        defects: known defects, by backend.
+        torch_parts: for a backend that is not known by name, the parts of torch's DCP that it is built on.
         counts: cases by (test, backend, status).
         known: findings that known defects explained, by defect.
+        tally: cases by rule, backend and how they went, for the certificate.
+        failures: the shrunk cases of this run.
         rows: a record per round trip, as plain dicts.
         unknown: why cases of the running test could not be judged.
         first_verdict_s: seconds from the start of the process to its first verdict.
@@ -69,9 +76,12 @@ class SuiteSession:
 
     settings: Settings
     defects: dict[str, tuple[Defect, ...]]
+    torch_parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     test: str = ""
     counts: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     known: Counter[tuple[str, str]] = field(default_factory=Counter)
+    tally: Tally = field(default_factory=Counter)
+    failures: list[Failure] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     first_verdict_s: float | None = None
@@ -112,12 +122,16 @@ class SuiteSession:
         if self._pool is not None:
             self._pool.rank_timeout_s = self.settings.rank_timeout_s
 
-    def run(self, case: Case, backend: str, *, load_backend: str | None = None) -> tuple[Observation, ...]:
+    def run(self, case: AnyCase, backend: str, *, load_backend: str | None = None) -> tuple[Observation, ...]:
         """Runs ``case`` and returns what the ranks saw.
 
         A case that hangs costs a whole timeout, and shrinking would try many. After the first hang in a test the
         timeout is cut to 5 s, and after the third no new case is run: Hypothesis then settles on one of those seen.
         """
+        defects = self._defects(backend, load_backend or backend)
+        if hypothesis.currently_in_test_context() and (defect := avoided(defects, case)) is not None:
+            self.known[defect.backend, defect.id] += 1
+            hypothesis.reject()
         key = (case.id, backend, load_backend or backend)
         if key in self._hung:
             self._last = self._hung[key]
@@ -159,10 +173,12 @@ class SuiteSession:
         if self.first_verdict_s is None:
             self.first_verdict_s = _seconds_since_start()
         name = run.backend if run.backend == run.load_backend else f"{run.backend} to {run.load_backend}"
-        new = self._unexplained(run, verdict)
+        new, explained = self._sorted(run, verdict)
         if new and not run.has_hung:
             verdict = self._once_more(run, verdict)
-            new = self._unexplained(run, verdict)
+            new, explained = self._sorted(run, verdict)
+        self.known.update((defect.backend, defect.id) for _, defect in explained)
+        self._tally(name, verdict, new, explained)
         status = "KNOWN" if verdict.findings and not new else verdict.status
         self.counts[self.test, name, status] += 1
         if verdict.status == "UNKNOWN":
@@ -178,16 +194,34 @@ class SuiteSession:
             error.evidence = _evidence(run, replace(verdict, findings=tuple(new)))
             raise error
 
-    def _unexplained(self, run: _Run, verdict: Verdict) -> list[Finding]:
-        """Returns the findings that no known defect explains, and counts the others."""
-        defects = [d for backend in {run.backend, run.load_backend} for d in self.defects.get(backend, ())]
-        new = []
+    def _sorted(self, run: _Run, verdict: Verdict) -> tuple[list[Finding], list[tuple[Finding, Defect]]]:
+        """Returns the findings that no known defect explains, and the others with what explains them."""
+        defects = self._defects(run.backend, run.load_backend)
+        new: list[Finding] = []
+        explained: list[tuple[Finding, Defect]] = []
         for finding in verdict.findings:
             if (defect := explains(defects, run.case, finding)) is None:
                 new.append(finding)
             else:
-                self.known[defect.backend, defect.id] += 1
-        return new
+                explained.append((finding, defect))
+        return new, explained
+
+    def _defects(self, *backends: str) -> list[Defect]:
+        """Returns the known defects that a run on ``backends`` may show."""
+        return [d for name in dict.fromkeys(backends) for d in defects_of(name, self.defects, self.torch_parts)]
+
+    def _tally(
+        self, backend: str, verdict: Verdict, new: Sequence[Finding], explained: Sequence[tuple[Finding, Defect]]
+    ) -> None:
+        """Counts for each rule how the case went. Where a rule was broken, the others are not known to hold."""
+        if verdict.status in ("PASS", "UNSUPPORTED"):
+            how = "pass" if verdict.status == "PASS" else "unsupported"
+            self.tally.update((rule, backend, how) for rule in verdict.checked)
+        broken = {
+            (finding.rule, "known" if defect.backend == backend else "inherited") for finding, defect in explained
+        }
+        broken |= {(finding.rule, "fail") for finding in new}
+        self.tally.update((rule, backend, how) for rule, how in broken)
 
     def _once_more(self, run: _Run, first: Verdict) -> Verdict:
         """Runs a case that failed again, on a process group that no other case has used.
@@ -208,20 +242,61 @@ class SuiteSession:
             rate = self._num_cases / max(time.monotonic() - self._test_start_s, 1e-3)
             self.show_progress(f"{self._num_cases} cases on {backend}, {rate:.1f} a second: {self.test}")
 
-    def failure_file(self, case: Case) -> Path:
+    def failure_file(self, case: AnyCase) -> Path:
         """Returns where the evidence of a failing case is written."""
         path = self.settings.results / "failures" / f"{case.id}.json"
         return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
-    def write_evidence(self, error: RuleBrokenError) -> None:
-        """Writes the file that ``dcpbench replay`` reads."""
+    def guilty_part(self, error: RuleBrokenError) -> str:
+        """Returns a line on the part of a mixed backend that a failure moves with; "" if it was none that is mixed.
+
+        The case is run on all combinations of the parts of the two backends.
+        """
+        names = parts.names_in(error.backend)
+        if len(names) != 2:
+            return ""
+        rule = error.finding.rule
+        outcomes = {}
+        for specification in parts.combinations(*names):
+            verdict = judge(error.case, self.pool.run(error.case, specification, on_fresh_group=True))
+            outcomes[specification] = rule in {finding.rule for finding in verdict.findings}
+        guilty = parts.guilty_part(outcomes)
+        num_failing = sum(outcomes.values())
+        if guilty is None:
+            return f"none alone: {num_failing} of {len(outcomes)} combinations of parts fail"
+        return f"the {guilty[0]} of {guilty[1]}: what has it fails, {num_failing} of {len(outcomes)} combinations"
+
+    def write_evidence(self, error: RuleBrokenError) -> Path:
+        """Writes the file that ``dcpbench replay`` reads; returns its path."""
         path = self.failure_file(error.case)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(error.evidence, indent=1), encoding="utf-8")
-        temporary.replace(path)
+        return temporary.replace(path)
+
+    def certificate(self, seed: str) -> Certificate:
+        """Returns how each rule stands on each backend of this run."""
+        used = self.settings
+        num_cases = Counter[tuple[str, bool]]()
+        for (_, backend, status), number in self.counts.items():
+            num_cases[backend, status == "UNKNOWN"] += number
+        return Certificate(
+            backends=used.backends,
+            entries=entries_of(used.backends, self.tally, self.failures),
+            num_cases=tuple(num_cases[name, False] + num_cases[name, True] for name in used.backends),
+            num_unknown=tuple(num_cases[name, True] for name in used.backends),
+            profile=used.profile,
+            world_size=used.world_size,
+            device=used.device,
+            seed=seed,
+            seconds=round(_seconds_since_start(), 1),
+            made_at=now(),
+            versions=versions(),
+        )
 
     def _record(self, run: _Run, status: str) -> None:
+        if not isinstance(run.case, Case):  # a case of training measures nothing
+            return
         from dcpbench.bench.record import RunContext, records_of  # pandas costs 0.8 s: not before the first verdict
 
         context = RunContext(self.test, run.backend, run.load_backend, self.settings.device, status)

@@ -20,6 +20,11 @@ ALLOWED = {
     "geometry": set(),
     "rules": set(),
     "case": set(),
+    "case_files": set(),
+    "models.case": set(),
+    "models.facts": set(),
+    "models.observed": set(),
+    "models.tree": set(),
     "codec": set(),
     "objects": set(),
     "content": set(),
@@ -83,10 +88,11 @@ def test_the_suites_name_no_backend():
 
 
 def test_no_drawers_without_a_name():
+    torchs = ROOT / "reference" / "utils.py"  # a name that code written against DCP imports; it only hands names on
     for folder in ("dcpbench", "reference", "suites", "tests"):
-        assert not [
-            path for path in python_files(folder) if path.stem in {"utils", "util", "common", "helpers", "misc"}
-        ]
+        for path in python_files(folder):
+            assert path.stem not in {"utils", "util", "common", "helpers", "misc"} or path == torchs, path
+    assert not any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in ast.parse(torchs.read_text()).body)
 
 
 def test_modules_read_in_a_sitting():

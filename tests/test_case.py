@@ -75,7 +75,7 @@ def _data():
         (["layouts", 0, "leaves", 0, "placements"], ["Shard(1)"], "expected placements within 1 dims"),
         (["layouts", 0, "leaves", 0, "placements"], ["Shard"], "expected 'Replicate()', 'Shard(0)'"),
         (["layouts", 0, "leaves"], [], "expected 1 leaf layouts but got 0"),
-        (["steps", 0, "action"], "sav", "case.steps[0].action: expected one of 'save', 'load' but got 'sav'"),
+        (["steps", 0, "action"], "sav", "case.steps[0].action: expected one of 'save', 'load', "),
         (["steps", 0, "layout"], 1, "expected steps that name one of 1 layouts"),
         (["steps", 0, "colour"], 1, "but got 'colour'"),
     ],

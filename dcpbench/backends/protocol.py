@@ -9,27 +9,46 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
 
+import torch.distributed.checkpoint.state_dict as torch_state_dict
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
-__all__ = ["Backend", "Engine", "EngineBackend", "PlannerBackend", "Session", "StorageBackend"]
+from dcpbench.backends import options
+
+__all__ = [
+    "Backend",
+    "Engine",
+    "EngineBackend",
+    "Formats",
+    "PlannerBackend",
+    "Session",
+    "StateDictFunctions",
+    "StorageBackend",
+    "state_dict_functions",
+]
 
 StateDict = dict[str, Any]
 
 
 class Session(Protocol):
-    """One rank's use of a backend, from the first step of a case to its last."""
+    """One rank's use of a backend, from the first step of a case to its last.
 
-    def save(self, state_dict: StateDict, checkpoint_id: str) -> None:
+    A session may have more: ``takes``, names of keyword arguments and of features; ``async_save`` and ``convert``, if
+    they are among those. Without, its backend is called with what stands here alone, and cases that need more are not
+    judged.
+    """
+
+    def save(self, state_dict: StateDict, checkpoint_id: str | Path) -> None:
         """Saves ``state_dict``; all ranks of the step call it."""
 
-    def load(self, state_dict: StateDict, checkpoint_id: str) -> None:
+    def load(self, state_dict: StateDict, checkpoint_id: str | Path) -> None:
         """Loads into ``state_dict``, in place; all ranks of the step call it."""
 
     def metadata(self, checkpoint_id: str) -> Metadata | None:
@@ -48,18 +67,58 @@ class Backend(Protocol):
         """Returns a session; with ``reuse`` it keeps its writer and reader objects from one step to the next."""
 
 
+class StateDictFunctions(Protocol):
+    """A module or namespace with the functions that read and set the state of models and optimizers.
+
+    Source: ``torch.distributed.checkpoint.state_dict``.
+    """
+
+    StateDictOptions: Callable[..., Any]
+    get_model_state_dict: Callable[..., Any]
+    get_optimizer_state_dict: Callable[..., Any]
+    get_state_dict: Callable[..., Any]
+    set_model_state_dict: Callable[..., Any]
+    set_optimizer_state_dict: Callable[..., Any]
+    set_state_dict: Callable[..., Any]
+
+
+TORCH_STATE_DICT = cast("StateDictFunctions", torch_state_dict)
+
+
+def state_dict_functions(backend: Backend) -> StateDictFunctions:
+    """Returns the state-dict functions that ``backend`` brings, or torch's."""
+    return cast("StateDictFunctions", getattr(backend, "state_dict", TORCH_STATE_DICT))
+
+
 @dataclass(frozen=True)
 class Engine:
     """The functions that carry a save or a load through, with the signatures of DCP's own.
 
-    Source: ``torch.distributed.checkpoint.save`` and ``.load``.
+    Attributes:
+        async_save: returns a future, or a response whose ``upload_completion`` is one; None if there is no such thing.
+        state_dict: the functions that read and set the state of models and optimizers.
+
+    Source: ``torch.distributed.checkpoint.save``, ``.load`` and ``.async_save``.
     """
 
     save: Callable[..., Any]
     load: Callable[..., Any]
+    async_save: Callable[..., Any] | None = None
+    state_dict: StateDictFunctions = TORCH_STATE_DICT
 
 
-TORCH_ENGINE = Engine(save, load)
+TORCH_ENGINE = Engine(save, load, async_save)
+
+
+@dataclass(frozen=True)
+class Formats:
+    """The functions that convert between a checkpoint's folder and a ``torch.save`` file, in one process.
+
+    Source: ``torch.distributed.checkpoint.format_utils``.
+    """
+
+    dcp_to_torch_save: Callable[[str, str], Any]
+    torch_save_to_dcp: Callable[[str, str], Any]
 
 
 @dataclass(frozen=True)
@@ -72,14 +131,24 @@ class StorageBackend:
         reader: returns a StorageReader for it.
         engine: what drives them; DCP's own unless given.
         save_planner, load_planner: return planners; the engine's own unless given.
+        formats: convert checkpoints of this storage; None if nothing does.
+
+    Where ``writer`` or a planner names an option of DCP's in its own signature (``thread_count``,
+    ``flatten_state_dict`` and the like), cases may use it; a constructor that a class only inherits does not count.
     """
 
     name: str
-    writer: Callable[[str], StorageWriter]
+    writer: Callable[..., StorageWriter]
     reader: Callable[[str], StorageReader]
     engine: Engine = TORCH_ENGINE
-    save_planner: Callable[[], SavePlanner] | None = None
-    load_planner: Callable[[], LoadPlanner] | None = None
+    save_planner: Callable[..., SavePlanner] | None = None
+    load_planner: Callable[..., LoadPlanner] | None = None
+    formats: Formats | None = None
+
+    @property
+    def state_dict(self) -> StateDictFunctions:
+        """The engine's."""
+        return self.engine.state_dict
 
     def open(self, *, reuse: bool) -> Session:
         return _StorageSession(self, reuse)
@@ -106,12 +175,14 @@ class EngineBackend:
         name: how reports call it.
         save, load: called on all ranks, with a process group unless there is only one process.
         read_metadata: returns DCP metadata of a checkpoint; without it the tiling rules are not checked.
+        state_dict: reads and sets the state of models and optimizers; torch's functions unless given.
     """
 
     name: str
     save: Callable[[StateDict, str], Any]
     load: Callable[[StateDict, str], Any]
     read_metadata: Callable[[str], Metadata] | None = None
+    state_dict: StateDictFunctions = TORCH_STATE_DICT
 
     def open(self, *, reuse: bool) -> Session:  # noqa: ARG002  there are no objects that could be kept
         return _EngineSession(self)
@@ -123,32 +194,66 @@ class _StorageSession:
         self._reuse = reuse
         self._writer: StorageWriter | None = None
         self._reader: StorageReader | None = None
+        self.takes = options.taken_by(
+            backend.writer,
+            backend.save_planner,
+            backend.load_planner,
+            has_async_save=backend.engine.async_save is not None,
+            has_formats=backend.formats is not None,
+        )
+        options.forget_plans()
 
-    def save(self, state_dict: StateDict, checkpoint_id: str) -> None:
-        if self._writer is None or not self._reuse:
-            self._writer = self._backend.writer(checkpoint_id)
-        planner = self._backend.save_planner() if self._backend.save_planner else None
-        self._backend.engine.save(state_dict, checkpoint_id=checkpoint_id, storage_writer=self._writer, planner=planner)
+    def save(self, state_dict: StateDict, checkpoint_id: str | Path, **wanted: Any) -> None:
+        self._backend.engine.save(state_dict, **self._saving(checkpoint_id, wanted))
 
-    def load(self, state_dict: StateDict, checkpoint_id: str) -> None:
+    def async_save(self, state_dict: StateDict, checkpoint_id: str | Path, **wanted: Any) -> Any:
+        """Starts a save in the background and returns what the engine returns for it."""
+        assert self._backend.engine.async_save is not None
+        return self._backend.engine.async_save(state_dict, **self._saving(checkpoint_id, wanted))
+
+    def load(self, state_dict: StateDict, checkpoint_id: str | Path, **wanted: Any) -> None:
         if self._reader is None or not self._reuse:
-            self._reader = self._backend.reader(checkpoint_id)
-        planner = self._backend.load_planner() if self._backend.load_planner else None
-        self._backend.engine.load(state_dict, checkpoint_id=checkpoint_id, storage_reader=self._reader, planner=planner)
+            self._reader = self._backend.reader(str(checkpoint_id))
+        planner = options.make(self._backend.load_planner, wanted, options.LOAD_PLANNER)
+        self._backend.engine.load(
+            state_dict,
+            checkpoint_id=checkpoint_id,
+            storage_reader=self._reader,
+            planner=planner,
+            **options.pick(wanted, options.CALL),
+        )
 
     def metadata(self, checkpoint_id: str) -> Metadata | None:
         return self._backend.reader(checkpoint_id).read_metadata()
+
+    def convert(self, checkpoint_id: str | Path, file: str, target: str) -> None:
+        """Turns a checkpoint into a file, and the file into another checkpoint."""
+        assert self._backend.formats is not None
+        self._backend.formats.dcp_to_torch_save(str(checkpoint_id), file)
+        self._backend.formats.torch_save_to_dcp(file, target)
+
+    def import_file(self, file: str, checkpoint_id: str | Path) -> None:
+        """Turns a file into a checkpoint."""
+        assert self._backend.formats is not None
+        self._backend.formats.torch_save_to_dcp(file, str(checkpoint_id))
+
+    def _saving(self, checkpoint_id: str | Path, wanted: dict[str, Any]) -> dict[str, Any]:
+        if self._writer is None or not self._reuse:
+            self._writer = self._backend.writer(str(checkpoint_id), **options.pick(wanted, options.WRITER))
+        planner = options.make(self._backend.save_planner, wanted, options.SAVE_PLANNER)
+        given = {"checkpoint_id": checkpoint_id, "storage_writer": self._writer, "planner": planner}
+        return {**given, **options.pick(wanted, options.CALL)}
 
 
 class _EngineSession:
     def __init__(self, backend: EngineBackend) -> None:
         self._backend = backend
 
-    def save(self, state_dict: StateDict, checkpoint_id: str) -> None:
-        self._backend.save(state_dict, checkpoint_id)
+    def save(self, state_dict: StateDict, checkpoint_id: str | Path) -> None:
+        self._backend.save(state_dict, str(checkpoint_id))
 
-    def load(self, state_dict: StateDict, checkpoint_id: str) -> None:
-        self._backend.load(state_dict, checkpoint_id)
+    def load(self, state_dict: StateDict, checkpoint_id: str | Path) -> None:
+        self._backend.load(state_dict, str(checkpoint_id))
 
     def metadata(self, checkpoint_id: str) -> Metadata | None:
         return self._backend.read_metadata(checkpoint_id) if self._backend.read_metadata else None

@@ -5,16 +5,23 @@ The controller only checks the spelling, so that it need not import torch; the r
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.metadata
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
+from dcpbench.backends import parts
 from dcpbench.errors import UsageError
 
 if TYPE_CHECKING:
     from dcpbench.backends.protocol import Backend
 
 __all__ = ["KNOWN", "check_spelling", "describe", "resolve"]
+
+ENTRY_POINTS: Final = "dcpbench.backends"
+"""The group of entry points under which installed packages offer their backends."""
 
 KNOWN: Final = {"torch": "dcpbench.backends.torch_dcp:BACKEND", "reference": "dcpbench.backends.reference_dcp:BACKEND"}
 """The backends that ship, by the name that users type."""
@@ -23,13 +30,27 @@ _SPECIFICATION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
 def check_spelling(specification: str) -> None:
-    """Checks that ``specification`` is a known name or reads as ``package.module:attribute``; imports nothing.
+    """Checks that ``specification`` is a name on offer or reads as ``package.module:attribute``; imports nothing.
+
+    It may also name a source for each part: ``engine=torch,planner=torch,storage=package.module:attribute``.
 
     Raises:
         UsageError: it is neither.
     """
-    if specification not in KNOWN and not _SPECIFICATION.fullmatch(specification):
-        known = ", ".join(sorted(KNOWN))
+    for name in parts.names_in(specification):
+        _check_name(name)
+
+
+@functools.cache
+def _offered() -> dict[str, str]:
+    """Returns where each backend lies that has a name: those that ship, and the entry points of installed packages."""
+    found = {entry.name: entry.value for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+    return {**found, **KNOWN}
+
+
+def _check_name(specification: str) -> None:
+    if specification not in _offered() and not _SPECIFICATION.fullmatch(specification):
+        known = ", ".join(sorted(_offered()))
         raise UsageError(f"Unknown backend {specification!r}. Known: {known}. Or give 'package.module:attribute'.")
 
 
@@ -39,10 +60,39 @@ def resolve(specification: str) -> Backend:
     Raises:
         UsageError: no such name, the module cannot be imported, or the attribute is no backend; the text is one line.
     """
+    check_spelling(specification)
+    sources = parts.parts_of(specification)
+    return _import(specification) if sources is None else _put_together(specification, sources)
+
+
+def _put_together(specification: str, sources: dict[str, str]) -> Backend:
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+
+    from dcpbench.backends.protocol import StorageBackend
+
+    found: dict[str, StorageBackend] = {}
+    for part, name in sources.items():
+        backend = _import(name)
+        if not isinstance(backend, StorageBackend):
+            raise UsageError(
+                f"Expected backend {name!r} to come in parts but it is a {type(backend).__name__}. "
+                f"Take the {part} from a dcpbench.StorageBackend."
+            )
+        found[part] = backend
+    planner = found["planner"]
+    return replace(
+        found["storage"],
+        name=specification,
+        engine=found["engine"].engine,
+        save_planner=planner.save_planner or DefaultSavePlanner,
+        load_planner=planner.load_planner or DefaultLoadPlanner,
+    )
+
+
+def _import(specification: str) -> Backend:
     from dcpbench.backends.protocol import Backend  # torch is imported where a backend is used, not where it is named
 
-    check_spelling(specification)
-    module_name, _, attribute = KNOWN.get(specification, specification).partition(":")
+    module_name, _, attribute = _offered().get(specification, specification).partition(":")
     try:
         found: object = importlib.import_module(module_name)
     except BaseException as error:  # a backend module may raise anything, SystemExit included
@@ -68,7 +118,11 @@ def resolve(specification: str) -> Backend:
 
 
 def describe(_rank: int, _world_size: int, specification: str) -> dict[str, Any]:
-    """Runs on a rank: returns the backend's name, or why it cannot be used, under ``name`` or ``problem``."""
+    """Runs on a rank: returns what a backend is, or why it cannot be used.
+
+    Returns:
+        ``name`` and ``num_cuda_devices``; or ``problem``.
+    """
     import torch
 
     try:

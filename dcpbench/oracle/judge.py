@@ -6,25 +6,33 @@ One module per family of rules finds what is broken; this one sorts the observat
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from dcpbench.case import Case
+from dcpbench.case_files import AnyCase
 from dcpbench.messages import Observation
-from dcpbench.oracle import objects, outcome, sources, tiling, values
+from dcpbench.models.case import TrainingCase
+from dcpbench.oracle import objects, outcome, refusals, sources, tiling, values
+from dcpbench.oracle.applies import rules_tested
+from dcpbench.oracle.training import judge_training
 from dcpbench.oracle.verdict import Finding, Verdict
 
 __all__ = ["judge"]
 
 
-def judge(case: Case, observations: Sequence[Observation]) -> Verdict:
+def judge(case: AnyCase, observations: Sequence[Observation]) -> Verdict:
     """Returns the verdict on ``case``.
 
     PASS needs an observation of each rank for each step; where ranks could not connect to each other, or steps were
-    never run although nothing went wrong before them, the verdict is UNKNOWN.
+    never run although nothing went wrong before them, the verdict is UNKNOWN. It is UNSUPPORTED where the backend has
+    no such feature.
 
     Args:
         case: what was run.
         observations: one per step and rank, as the pool returns them; steps after a broken one may be missing.
     """
+    if isinstance(case, TrainingCase):
+        return judge_training(case, observations)
     if any(seen.outcome == "unconnected" for seen in observations):
         seen = next(seen for seen in observations if seen.outcome == "unconnected")
         return Verdict("UNKNOWN", reason=f"the ranks could not connect to each other: {outcome.error_line(seen)}")
@@ -33,36 +41,53 @@ def judge(case: Case, observations: Sequence[Observation]) -> Verdict:
     findings = tuple(_findings(case, observations))
     if findings:
         return Verdict("FAIL", findings)
-    refused = [seen.step for seen in observations if seen.outcome == "raised"]
+    if (one := next((seen for seen in observations if seen.outcome == "unsupported"), None)) is not None:
+        return Verdict("UNSUPPORTED", reason=outcome.error_line(one), checked=rules_tested(case, observations))
+    last = next((seen.step for seen in observations if outcome.ends_the_case(case, seen)), None)
     missing = [
         number
-        for number, step in enumerate(case.steps[: refused[0] + 1 if refused else None])
+        for number, step in enumerate(case.steps[: None if last is None else last + 1])
         if sum(seen.step == number for seen in observations) != case.layouts[step.layout].world_size
     ]
     if missing:
         return Verdict("UNKNOWN", reason=f"steps {missing} were not observed on all ranks")
-    return Verdict("PASS")
+    return Verdict("PASS", checked=rules_tested(case, observations))
 
 
 def _is_our_own(seen: Observation) -> bool:
     """Reads as: what raised on this rank was our code before or after the call, not the backend."""
-    return seen.outcome == "raised" and seen.phase in ("build", "observe")
+    return seen.outcome == "raised" and seen.phase in ("build", "disturb", "arrange", "observe")
 
 
 def _findings(case: Case, observations: Sequence[Observation]) -> Iterator[Finding]:
-    tables: dict[str, Observation] = {}
+    tables: dict[int | None, Observation] = {}
     for number, step in enumerate(case.steps):
         seen = [one for one in observations if one.step == number]
         yield from outcome.findings(case, number, seen)
+        if step.action == "load" and step.misuse != "none" and all(one.outcome == "raised" for one in seen):
+            yield from chain.from_iterable(refusals.findings(case, one) for one in seen)
         if any(one.outcome != "ok" for one in seen):
             continue
+        source = number if step.saves else case.source_of(number)
+        following = case.steps[number + 1] if number + 1 < len(case.steps) else step
+        is_tainted = False
         for one in seen:
-            if step.action == "save":
+            if step.action == "save" and step.misuse == "none":
                 yield from sources.findings(case, one)
-            elif step.misuse == "none":
-                yield from values.findings(case, one, tables.get(step.checkpoint))
-                yield from objects.findings(case, one)
-                yield from values.added_keys(case, one)
+            elif step.action in ("load", "convert") and step.misuse == "none":
+                found = list(_loaded(case, one, tables.get(source)))
+                is_tainted = is_tainted or (bool(found) and following.resaves)
+                yield from found
             if one.tables is not None:
-                tables[step.checkpoint] = one
+                tables[source] = one
                 yield from tiling.findings(case, one)
+        if is_tainted:  # what was loaded wrong is saved again: nothing after it says anything new
+            return
+
+
+def _loaded(case: Case, one: Observation, saved: Observation | None) -> Iterator[Finding]:
+    tensors = values.findings(case, one, saved)
+    # whose memory a tensor from a file has is nobody's business
+    yield from (found for found in tensors if one.action == "load" or not found.rule.startswith("R2"))
+    yield from objects.findings(case, one)
+    yield from values.added_keys(case, one)

@@ -10,7 +10,7 @@ from dcpbench.messages import Observation
 from dcpbench.oracle.setting import setting
 from dcpbench.oracle.verdict import Finding
 
-__all__ = ["error_line", "findings"]
+__all__ = ["ends_the_case", "error_line", "findings"]
 
 _CAUSE = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b.*")
 
@@ -38,8 +38,13 @@ def findings(case: Case, number: int, seen: Sequence[Observation]) -> Iterator[F
         yield _refused(case, _first_cause(raised))
     elif step.misuse != "none" and returned:
         yield _accepted(case, returned[0])
-    elif step.misuse not in ("none", "no-checkpoint", "unsavable"):
+    elif step.misuse not in ("none", "no-checkpoint", "unsavable", "failing-stateful"):
         yield from _unnamed(case, raised)
+
+
+def ends_the_case(case: Case, seen: Observation) -> bool:
+    """Reads as: no further step is run, since this one did not end as it was to end."""
+    return seen.outcome not in (("ok",) if case.steps[seen.step].misuse == "none" else ("ok", "raised"))
 
 
 def error_line(seen: Observation) -> str:
@@ -175,10 +180,12 @@ def _accepted(case: Case, one: Observation) -> Finding:
         "larger": "asks for a larger tensor than was saved",
         "smaller": "asks for a smaller tensor than was saved",
         "extra-dim": "asks for a tensor with more dims than was saved",
+        "other-kind": "asks for a tensor where a value was saved",
         "unsavable": "holds a value that cannot be saved",
+        "failing-stateful": "holds a Stateful that raises",
         "no-checkpoint": "names a checkpoint that does not exist",
     }[step.misuse]
-    fqn = "" if step.misuse == "no-checkpoint" else case.leaves[step.misused].fqn
+    fqn = "" if step.misuse in ("no-checkpoint", "failing-stateful") else case.leaves[step.misused].fqn
     who = "each rank" if step.misused_on is None else f"rank {step.misused_on}"
     return Finding(
         "R505",

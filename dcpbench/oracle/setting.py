@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dcpbench.case import Case
+from dcpbench.models.case import TrainingCase
 
 __all__ = ["setting"]
 
@@ -15,11 +16,14 @@ def setting(case: Case, number: int, leaf: int | None = None) -> tuple[tuple[str
         number: of the step.
         leaf: the tensor leaf concerned; None where the finding is about the whole step.
     """
+    other: object = case
+    if isinstance(other, TrainingCase):
+        return other.setting(number)
     step = case.steps[number]
-    saves = [s for s in case.steps[: number + 1] if s.action == "save" and s.checkpoint == step.checkpoint]
+    source = number if step.saves else case.source_of(number)
     lines = []
-    if saves:
-        lines.append(("saved on", _layout(case, saves[-1].layout, leaf)))
+    if source is not None:
+        lines.append(("saved on", _layout(case, case.steps[source].layout, leaf)))
     if step.action == "load":
         lines.append(("loaded on", _layout(case, step.layout, leaf)))
     if leaf is None:
@@ -33,7 +37,12 @@ def _layout(case: Case, number: int, leaf: int | None) -> str:
         world = "one process without a process group"
     else:
         world = f"{layout.world_size} ranks, mesh {layout.mesh}"
-    return world if leaf is None else f"{world}: {layout.leaves[leaf]}"
+        if layout.members:
+            world += f", of which {list(layout.members)} take part"
+    if leaf is None:
+        return world
+    held = next((f", on ranks {list(held.ranks)} only" for held in layout.holders if held.leaf == leaf), "")
+    return f"{world}: {layout.leaves[leaf]}{held}"
 
 
 def _holding(case: Case) -> str:

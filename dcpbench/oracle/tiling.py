@@ -18,7 +18,11 @@ _RULES = {"gap": "R301", "overlap": "R302", "out-of-bounds": "R303"}
 def findings(case: Case, seen: Observation) -> Iterator[Finding]:
     """Yields what is wrong with the metadata that the coordinator read back after a save."""
     tables = {table.fqn: table for table in seen.tables or ()}
-    for number, leaf in enumerate(case.tensors):
+    version, saved = case.version_held(seen.step), case.asked_for(_save_of(case, seen.step))
+    for number in range(len(case.tensors)):
+        if number not in saved:
+            continue
+        leaf = case.tensor(number, version)
         table = tables.get(leaf.fqn)
         want = f"{leaf.dtype}{list(leaf.shape)}"
         got = "no entry" if table is None else f"{table.dtype}{list(table.shape)}"
@@ -45,6 +49,12 @@ def findings(case: Case, seen: Observation) -> Iterator[Finding]:
                 rank=seen.rank,
                 step=seen.step,
             )
+
+
+def _save_of(case: Case, number: int) -> int:
+    """Returns the save that step ``number`` is, or has waited for."""
+    source = case.source_of(number)
+    return number if case.steps[number].saves or source is None else source
 
 
 def _say(fault: TilingFault) -> str:

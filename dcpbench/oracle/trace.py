@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dcpbench.case import Case
+from dcpbench.case import MUTATED, Case
 from dcpbench.content import DTYPES, Bytes, overwritten
 from dcpbench.geometry import Region, full_region
 from dcpbench.messages import ChunkTable
@@ -62,15 +62,21 @@ def origin_of(mismatch: Mismatch) -> Origin:
     """Returns where the first wrong run of elements comes from."""
     case, number, version, region = mismatch.case, mismatch.number, mismatch.version, mismatch.region
     want, got, wrong = mismatch.want, mismatch.got, mismatch.wrong
-    leaf = case.tensors[number]
+    leaf = case.tensor(number, version)
     bits = len(wrong) if leaf.dtype == "bool" else len(wrong) * DTYPES[leaf.dtype] * 8
     # a wrong bool can only be the other one: a whole tensor of them says that it was never written, a few say nothing
     may_be_untouched = leaf.dtype != "bool" or (len(wrong) == len(want) and bits >= _TELLING_BITS)
     if may_be_untouched and np.array_equal(got[wrong], overwritten(want, leaf.dtype)[wrong]):
         return Origin("R107", "what the destination held before the load")
-    versions = {s.version for s in case.steps if s.action == "save"} - {version}
+    if bits >= _TELLING_BITS and any(s.action == "async_save" for s in case.steps):
+        changed = case.expected_bytes(number, version + MUTATED, region)
+        if np.array_equal(got[wrong], changed[wrong]):
+            return Origin("R701", "what was written into the tensor after async_save had returned")
+    versions = {s.version for s in case.steps if s.saves} - {version}
     for other in sorted(versions) if bits >= _TELLING_BITS else ():
-        if np.array_equal(got[wrong], case.expected_bytes(number, other, region)[wrong]):
+        if case.tensor(number, other) == leaf and np.array_equal(
+            got[wrong], case.expected_bytes(number, other, region)[wrong]
+        ):
             return Origin("R106", f"what belongs there in version {other} of the state dict, not {version}")
     if not got[wrong].any():
         return Origin("R101", "zeros")
@@ -91,11 +97,11 @@ def _first_run(got: Bytes, wrong: npt.NDArray[np.intp], region: Region) -> bytes
 
 def _misplaced(mismatch: Mismatch, run: bytes) -> Origin:
     case, number, version = mismatch.case, mismatch.number, mismatch.version
-    size = DTYPES[case.tensors[number].dtype]
+    size = DTYPES[case.tensor(number, version).dtype]
     unclear = Origin("R101", "which belongs nowhere in this case")
     order = [number, *(other for other in range(len(case.tensors)) if other != number)]
     for candidate in order:
-        leaf = case.tensors[candidate]
+        leaf = case.tensor(candidate, version)
         if leaf.num_bytes > _MAX_SEARCHED_BYTES or DTYPES[leaf.dtype] != size:
             continue
         whole = case.expected_bytes(candidate, version, full_region(leaf.shape)).tobytes()

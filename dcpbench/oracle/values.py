@@ -29,7 +29,7 @@ class _Loaded:
 
     @property
     def leaf(self) -> TensorLeaf:
-        return self.case.tensors[self.number]
+        return self.case.tensor(self.number, self.case.version_held(self.seen.step))
 
     @property
     def found(self) -> TensorObservation:
@@ -59,11 +59,11 @@ def findings(case: Case, seen: Observation, saved: Observation | None) -> Iterat
         saved: the coordinator's observation of the save, whose chunk tables help to say why; None if there is none.
     """
     layout = case.layouts[case.steps[seen.step].layout]
-    for number, leaf in enumerate(case.tensors):
+    for number in range(len(case.tensors)):
         loaded = _Loaded(case, number, seen, saved)
-        region = layout.region(number, leaf.shape, seen.rank)
         if not loaded.found.asked_for:
             continue
+        region = layout.region(number, loaded.leaf.shape, seen.rank)
         if region is not None:
             yield from _tensor(loaded, region)
         elif not loaded.found.same_tensor:
@@ -96,12 +96,20 @@ _WHAT = {
     "R101": "differs after load",
     "R106": "holds what another save or load left",
     "R107": "was not written everywhere by load",
+    "R701": "was changed by what followed async_save",
 }
 
 
 def _bytes(loaded: _Loaded, region: Region) -> Iterator[Finding]:
     case, leaf = loaded.case, loaded.leaf
     version = case.version_held(loaded.seen.step)
+    if case.is_missing(loaded.seen.step, loaded.number):
+        untouched = case.destination_bytes(loaded.number, loaded.seen.step, loaded.seen.rank)
+        if loaded.found.data != untouched.tobytes():
+            yield loaded.wrong(
+                "R108", "was written to", "what it held, as the checkpoint has no such key", "other bytes"
+            )
+        return
     want = case.expected_bytes(loaded.number, version, region)
     if loaded.found.data == want.tobytes():
         return
@@ -143,7 +151,7 @@ def added_keys(case: Case, seen: Observation) -> Iterator[Finding]:
 
 
 def _asked_for(case: Case, seen: Observation) -> list[TensorLeaf | ObjectLeaf]:
-    return [case.leaves[number] for number in case.asked_for(seen.step)]
+    return [case.leaves[number] for number in case.asked_for(seen.step, seen.rank)]
 
 
 def _prefixes(paths: set[str]) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dcpbench.case import Case
+from dcpbench.case_files import AnyCase
 from dcpbench.rules import RULES
 
 __all__ = ["RULE_ERRORS", "Finding", "RuleBrokenError", "Status", "UnknownError", "Verdict"]
@@ -50,11 +50,13 @@ class Verdict:
 
     Attributes:
         reason: why it is UNKNOWN or UNSUPPORTED; "" otherwise.
+        checked: codes of the rules that the case puts to the test.
     """
 
     status: Status
     findings: tuple[Finding, ...] = ()
     reason: str = ""
+    checked: tuple[str, ...] = ()
 
 
 class RuleBrokenError(AssertionError):
@@ -69,7 +71,7 @@ class RuleBrokenError(AssertionError):
 
     evidence: dict[str, Any]
 
-    def __init__(self, finding: Finding, case: Case, backend: str, replay: str) -> None:
+    def __init__(self, finding: Finding, case: AnyCase, backend: str, replay: str) -> None:
         super().__init__(finding.text(replay))
         self.finding = finding
         self.case = case

@@ -7,6 +7,7 @@ bytes are a pattern, so that an element that was never read and a write beside t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,23 +19,17 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from dcpbench.case import Case, Layout, MemoryForm, Misuse, Part, Placement, Step, TensorLeaf
-from dcpbench.content import DTYPES, Bytes, overwritten
+from dcpbench.case import Case, Layout, MemoryForm, Mesh, Misuse, Part, Placement, Step, TensorLeaf
+from dcpbench.content import DTYPES, Bytes
 from dcpbench.geometry import Region
+from dcpbench.objects import NEVER_LOADED
 from dcpbench.ranks.meshes import mesh_of
+from dcpbench.ranks.stateful import Keeper, Unsavable
 
-__all__ = ["NEVER_LOADED", "Built", "BuiltTensor", "build", "find", "tensor_bytes"]
+__all__ = ["Built", "BuiltTensor", "build", "find", "taken_from", "tensor_bytes"]
 
 GUARD_BYTES = 64
 PATTERN = 0xA5
-NEVER_LOADED = "dcpbench: this value was never loaded"
-
-
-class Unsavable:
-    """A value that raises when it is pickled, or copied."""
-
-    def __reduce_ex__(self, protocol: object) -> str:
-        raise RuntimeError("dcpbench: this value cannot be pickled")
 
 
 _CONJUGABLE = ("complex64", "complex128")
@@ -67,21 +62,46 @@ def build(case: Case, number: int, rank: int, device: str) -> Built:
     """
     step = case.steps[number]
     layout = case.layouts[step.layout]
-    has_shards = any(leaf.placements is not None for leaf in layout.leaves)
-    maker = _Maker(case, number, rank, device, mesh_of(layout.mesh, device) if has_shards else None)
-    tensors: list[BuiltTensor] = []
+    sharded = [index for index, leaf in enumerate(layout.leaves) if leaf.placements is not None]
+    meshes = {mesh: mesh_of(mesh, device) for mesh in dict.fromkeys(layout.mesh_of(index) for index in sharded)}
+    maker = _Maker(case, number, rank, device, meshes)
+    asked_for = set(case.asked_for(number, rank))
+    wanted = asked_for | {leaf.tied_to for index, leaf in enumerate(case.tensors) if index in asked_for}
+    tensors: list[BuiltTensor | None] = []
     for index in range(len(case.tensors)):
-        tensors.append(maker.tensor(index, tensors))
-    placed: list[tuple[tuple[Part, ...], Any]] = [(held.path, held.given) for held in tensors]
-    is_source = step.action == "save"
+        tensors.append(maker.tensor(index, tensors) if index in wanted else None)
+    placed: list[tuple[tuple[Part, ...], Any]] = [
+        (held.path, held.given) for index, held in enumerate(tensors) if held and index in asked_for
+    ]
     for index, leaf in enumerate(case.objects, len(tensors)):
-        value = leaf.value(step.version) if is_source else NEVER_LOADED
-        placed.append((maker.path(index), Unsavable() if maker.misuse_of(index) == "unsavable" else value))
-    asked_for = set(case.asked_for(number))
-    placed = [one for index, one in enumerate(placed) if index in asked_for]
-    if not is_source and case.seed % 2:
+        if index in asked_for:
+            value = leaf.value(step.version, rank) if step.saves else NEVER_LOADED
+            misuse = maker.misuse_of(index)
+            wrong: dict[str, Callable[[], Any]] = {"unsavable": Unsavable, "other-kind": lambda: torch.zeros(3)}
+            placed.append((maker.path(index), wrong[misuse]() if misuse in wrong else value))
+    if not step.saves and case.seed % 2:
         placed.reverse()  # nothing may depend on the order in which keys were put in
-    return Built(_nest(placed), [held if index in asked_for else None for index, held in enumerate(tensors)])
+    state_dict = _nest(placed)
+    for key in case.options.statefuls:
+        if isinstance(state_dict.get(key), dict):
+            fails = step.misuse == "failing-stateful" and step.misused_on in (None, rank)
+            state_dict[key] = Keeper(state_dict[key], fails=fails)
+    return Built(state_dict, [held if index in asked_for else None for index, held in enumerate(tensors)])
+
+
+def taken_from(case: Case, number: int, state_dict: dict[str, Any]) -> Built:
+    """Returns a state dict that came from elsewhere, as if it had been built for step ``number``."""
+    asked_for, tensors = set(case.asked_for(number, 0)), list[BuiltTensor | None]()
+    for index in range(len(case.tensors)):
+        leaf = case.tensor(index, case.version_held(number))
+        try:
+            found = find(state_dict, leaf.path)
+        except LookupError:
+            found = None
+        given = found if isinstance(found, torch.Tensor) else torch.empty(0)
+        held = BuiltTensor(leaf, leaf.path, given, given, given.data_ptr())
+        tensors.append(held if index in asked_for else None)
+    return Built(state_dict, tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +112,7 @@ class _Maker:
     number: int
     rank: int
     device: str
-    mesh: DeviceMesh | None
+    meshes: dict[Mesh, DeviceMesh]
 
     @property
     def step(self) -> Step:
@@ -102,22 +122,21 @@ class _Maker:
     def layout(self) -> Layout:
         return self.case.layouts[self.step.layout]
 
-    def tensor(self, index: int, earlier: list[BuiltTensor]) -> BuiltTensor:
-        leaf, path = self.case.tensors[index], self.path(index)
-        if leaf.tied_to is not None and self.misuse_of(index) == "none":
-            tied = earlier[leaf.tied_to]
+    def tensor(self, index: int, earlier: list[BuiltTensor | None]) -> BuiltTensor:
+        leaf, path = self.case.tensor(index, self.case.version_held(self.number)), self.path(index)
+        tied = None if leaf.tied_to is None else earlier[leaf.tied_to]
+        if tied is not None and self.misuse_of(index) == "none":
             return BuiltTensor(leaf, path, tied.given, tied.local, tied.data_ptr)
-        shape = self._shape(index)
+        shape = self.case.shape_asked(index, self.number, self.rank)
         region = self.layout.region(index, shape, self.rank)
-        local = None if region is None else self._local(index, region, shape)
+        local = None if region is None else self._local(index, leaf, region)
         if local is not None and leaf.requires_grad:
             local = local.detach().requires_grad_()
-        given = self._distribute(index, local, shape)
+        given = self._distribute(index, leaf, local, shape)
         return BuiltTensor(leaf, path, given, local, local.data_ptr() if local is not None else 0)
 
     def misuse_of(self, index: int) -> Misuse:
-        step = self.step
-        return step.misuse if index == step.misused and step.misused_on in (None, self.rank) else "none"
+        return self.case.misuse_of(self.number, index, self.rank)
 
     def path(self, index: int) -> tuple[Part, ...]:
         """Returns where leaf ``index`` hangs, wrong on purpose where the step says so."""
@@ -126,52 +145,38 @@ class _Maker:
             return (*path[:-1], Part("key", f"{path[-1].value}_unknown"))
         return path
 
-    def _shape(self, index: int) -> tuple[int, ...]:
-        """Returns the global shape of a tensor, wrong on purpose where the step says so."""
-        shape = self.case.tensors[index].shape
-        match self.misuse_of(index):
-            case "larger":
-                return (shape[0] + 1, *shape[1:])
-            case "smaller":
-                return (shape[0] - 1, *shape[1:])
-            case "extra-dim":
-                return (*shape, 1)
-        return shape
-
-    def _local(self, index: int, region: Region, shape: tuple[int, ...]) -> torch.Tensor:
-        case, step, leaf = self.case, self.step, self.case.tensors[index]
+    def _local(self, index: int, leaf: TensorLeaf, region: Region) -> torch.Tensor:
+        case, step = self.case, self.step
         memory = self.layout.leaves[index].memory
-        if step.action == "save":
-            if leaf.expanded and region.numel:
-                row = Region((((0, 1),), *region.runs[1:]))
-                data = case.expected_bytes(index, step.version, row)
-                return _allocate(data, row.shape, leaf.dtype, memory, self.device, guard_bytes=0).expand(region.shape)
-            data = case.expected_bytes(index, step.version, region)
-            if memory == "conjugated" and leaf.dtype in _CONJUGABLE:
-                data = data.copy()
-                data[:, -1] ^= 0x80  # the sign of the imaginary part, which the view turns again
-                return _allocate(data, region.shape, leaf.dtype, memory, self.device, guard_bytes=0).conj()
-            return _allocate(data, region.shape, leaf.dtype, memory, self.device, guard_bytes=0)
-        if shape == leaf.shape:
-            version = case.version_at(self.number) or 0
-            data = overwritten(case.expected_bytes(index, version, region), leaf.dtype)
-        else:
-            data = np.zeros((region.numel, DTYPES[leaf.dtype]), dtype=np.uint8)
-        return _allocate(data, region.shape, leaf.dtype, memory, self.device, guard_bytes=GUARD_BYTES)
+        if not step.saves:
+            data = case.destination_bytes(index, self.number, self.rank)
+            return _allocate(data, region.shape, leaf.dtype, memory, self.device, guard_bytes=GUARD_BYTES)
+        if leaf.expanded and region.numel:
+            row = Region((((0, 1),), *region.runs[1:]))
+            data = case.expected_bytes(index, step.version, row)
+            return _allocate(data, row.shape, leaf.dtype, memory, self.device, guard_bytes=0).expand(region.shape)
+        data = case.expected_bytes(index, step.version, region)
+        if memory == "conjugated" and leaf.dtype in _CONJUGABLE:
+            data = data.copy()
+            data[:, -1] ^= 0x80  # the sign of the imaginary part, which the view turns again
+            return _allocate(data, region.shape, leaf.dtype, memory, self.device, guard_bytes=0).conj()
+        return _allocate(data, region.shape, leaf.dtype, memory, self.device, guard_bytes=0)
 
-    def _distribute(self, index: int, local: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
+    def _distribute(
+        self, index: int, leaf: TensorLeaf, local: torch.Tensor | None, shape: tuple[int, ...]
+    ) -> torch.Tensor:
         """Returns the tensor that goes into the state dict: the local one, or a DTensor around it."""
         placements = self.layout.leaves[index].placements
-        if placements is None or self.mesh is None:
-            assert local is not None, "a plain tensor lies on every rank"
+        if placements is None:
+            assert local is not None, "a plain tensor lies on every rank that holds it"
             return local
-        dtype = cast("torch.dtype", getattr(torch, self.case.tensors[index].dtype))
+        dtype = cast("torch.dtype", getattr(torch, leaf.dtype))
         if local is None:
-            requires_grad = self.case.tensors[index].requires_grad
-            local = torch.empty(0, dtype=dtype, device=self.device, requires_grad=requires_grad)
+            local = torch.empty(0, dtype=dtype, device=self.device, requires_grad=leaf.requires_grad)
         # as distribute_tensor ends; from_local would take an empty shape, that of a 0-d tensor, for none at all
         meta = TensorMeta(torch.Size(shape), _contiguous_stride(shape), dtype)
-        spec = DTensorSpec(self.mesh, tuple(_placement(p) for p in placements), tensor_meta=meta)
+        mesh = self.meshes[self.layout.mesh_of(index)]
+        spec = DTensorSpec(mesh, tuple(_placement(p) for p in placements), tensor_meta=meta)
         return DTensor(local.detach(), spec, requires_grad=local.requires_grad)  # type: ignore[no-untyped-call]
 
 
@@ -249,6 +254,7 @@ def find(state_dict: Any, path: tuple[Part, ...]) -> Any:
     """
     at = state_dict
     for part in path:
+        at = at.held if isinstance(at, Keeper) else at
         if not isinstance(at, list if part.kind == "index" else dict):
             raise LookupError(part.value)
         at = at[cast("Any", part.value)]
@@ -257,8 +263,11 @@ def find(state_dict: Any, path: tuple[Part, ...]) -> Any:
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
     """Returns the bytes of a local tensor, row-major; of no elements, no bytes."""
+    tensor = tensor.detach().resolve_conj()
+    if tensor.element_size() == 1:
+        tensor = tensor.view(torch.uint8)  # torch cannot transpose every dtype of one byte
     # a clone, since contiguous() leaves odd strides along dims of size 1 as they are
-    flat = tensor.detach().resolve_conj().clone(memory_format=torch.contiguous_format).reshape(-1).cpu()
+    flat = tensor.clone(memory_format=torch.contiguous_format).reshape(-1).cpu()
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 

@@ -1,4 +1,4 @@
-"""Runs on a rank: the device meshes of the default process group, made once each, as in a job.
+"""Runs on a rank: device meshes and groups within the default process group, made once each, as in a job.
 
 They hold the groups that were made for them, and letting go of a gloo group takes tens of milliseconds: whoever ends
 the default group takes the meshes from here and lets go of all of it at once.
@@ -7,13 +7,30 @@ the default group takes the meshes from here and lets go of all of it at once.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor._redistribute import _gen_transform_infos, clear_redistribute_planner_cache
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from dcpbench.layout import Mesh
 
-__all__ = ["forget", "mesh_of"]
+__all__ = ["forget", "group_of", "mesh_of"]
 
 _meshes: dict[tuple[Mesh, str], DeviceMesh] = {}
+_groups: dict[tuple[tuple[int, ...], str], object] = {}
+
+
+def group_of(members: tuple[int, ...], purpose: str) -> object:
+    """Returns a process group of ``members`` of the default group; all ranks of the default group call it.
+
+    Args:
+        members: ranks; a rank that is none of them gets no group that it could use.
+        purpose: groups of the same members for different purposes are different ones.
+    """
+    key = (members, purpose)
+    if key not in _groups:
+        _groups[key] = dist.new_group(list(members))
+    return _groups[key]
 
 
 def mesh_of(mesh: Mesh, device: str) -> DeviceMesh:
@@ -26,7 +43,12 @@ def mesh_of(mesh: Mesh, device: str) -> DeviceMesh:
 
 
 def forget() -> list[object]:
-    """Returns the meshes that were made, and forgets them: their process group is about to end."""
-    held: list[object] = list(_meshes.values())
+    """Returns the meshes and groups that were made, and forgets them: their process group is about to end."""
+    held: list[object] = [*_meshes.values(), *_groups.values()]
+    if _meshes:  # DTensor remembers meshes that are equal to those to come, but whose groups are gone
+        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
+        _gen_transform_infos.cache_clear()
+        clear_redistribute_planner_cache()
     _meshes.clear()
+    _groups.clear()
     return held

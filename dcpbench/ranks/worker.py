@@ -17,15 +17,14 @@ import signal
 import socket
 import sys
 import threading
-import traceback
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-from dcpbench.messages import Call, Done, ErrorReport, Hello, Observation, RunStep, Welcome
+from dcpbench.messages import Call, Done, Hello, Observation, RunStep, Welcome
 from dcpbench.ranks import frames
 from dcpbench.ranks.address import KEY_VARIABLE, OutputOf, connect
-from dcpbench.ranks.blanks import blank, bounded
+from dcpbench.ranks.blanks import blank, report
 from dcpbench.ranks.lifetime import die_with_parent
 from dcpbench.ranks.link import PhaseFile, stacks_path
 
@@ -33,9 +32,6 @@ if TYPE_CHECKING:
     from dcpbench.ranks.groups import DefaultGroup
 
 __all__ = ["serve"]
-
-_MAX_TEXT: Final = 8 * 1024
-_MAX_TRACEBACK: Final = 32 * 1024
 
 
 def serve(address: str, generation: int) -> None:
@@ -99,7 +95,7 @@ class _Rank:
             seen = blank(command, self._rank)
             return self._run(number, command, seen)
         except BaseException as error:
-            return replace(seen, outcome="raised", phase=self._phase, error=_report(error))
+            return replace(seen, outcome="raised", phase=self._phase, error=report(error))
 
     def _run(self, number: int, command: RunStep | Call, seen: Observation) -> Observation:
         def enter_phase(name: str) -> None:
@@ -116,7 +112,9 @@ class _Rank:
             if isinstance(command, RunStep):
                 from dcpbench.ranks.execute import run_step
 
-                return run_step(command, self._rank, enter_phase, self._welcome.device)
+                done = run_step(command, self._rank, enter_phase, self._welcome.device)
+                self._group.is_broken |= done.outcome == "raised"
+                return done
             enter_phase("call")
             return replace(seen, phase="call", value=_call(command, self._rank))
         except BaseException:
@@ -129,25 +127,13 @@ class _Rank:
         try:
             return frames.pack(number, Done(number, observation))
         except Exception as error:  # a value of a kind that does not travel
-            unsent = replace(observation, outcome="raised", value=None, error=_report(error))
+            unsent = replace(observation, outcome="raised", value=None, error=report(error))
             return frames.pack(number, Done(number, unsent))
 
 
 def _call(command: Call, rank: int) -> Any:
     module, _, name = command.target.partition(":")
     return getattr(importlib.import_module(module), name)(rank, command.world_size, **command.arguments)
-
-
-def _report(error: BaseException) -> ErrorReport:
-    kind = type(error)
-    try:
-        text = str(error)
-        lines = "".join(traceback.format_exception(error))
-    except Exception as broken:  # the code under test may define __str__ as it likes
-        text = f"no text: its __str__ raised {type(broken).__qualname__}"
-        lines = "".join(traceback.format_tb(error.__traceback__))
-    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    return ErrorReport(name, bounded(text, _MAX_TEXT), bounded(lines, _MAX_TRACEBACK))
 
 
 def _send_output_to_controller(address: str, key: bytes, rank: int, generation: int) -> None:

@@ -1,13 +1,25 @@
 """Hypothesis strategies: shapes, dtypes, values, meshes, placements, whole cases. They run in the controller."""
 
 from dcpbench.strategies.cases import (
+    async_saves,
+    bad_async_saves,
     bad_loads,
     bad_saves,
+    chains,
+    changing_states,
+    conversions,
+    lenient_loads,
+    lonely_failures,
     multi_checkpoint,
     overwriting,
     partial_loads,
+    process_groups,
     resharding,
     round_trips,
+    sequences,
+    stages,
+    stateful_round_trips,
+    switched,
     without_process_group,
 )
 from dcpbench.strategies.contents import contents, scope
@@ -15,20 +27,32 @@ from dcpbench.strategies.layouts import layouts, meshes, placements
 from dcpbench.strategies.values import dtypes, shapes, values
 
 __all__ = [
+    "async_saves",
+    "bad_async_saves",
     "bad_loads",
     "bad_saves",
+    "chains",
+    "changing_states",
     "contents",
+    "conversions",
     "dtypes",
     "layouts",
+    "lenient_loads",
+    "lonely_failures",
     "meshes",
     "multi_checkpoint",
     "overwriting",
     "partial_loads",
     "placements",
+    "process_groups",
     "resharding",
     "round_trips",
     "scope",
+    "sequences",
     "shapes",
+    "stages",
+    "stateful_round_trips",
+    "switched",
     "values",
     "without_process_group",
 ]

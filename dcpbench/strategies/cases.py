@@ -10,17 +10,33 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from dcpbench.case import Case, Layout, LeafLayout, Mesh, Misuse, ObjectLeaf, Options, Part, Step, TensorLeaf
+from dcpbench.strategies.background import async_saves, bad_async_saves
 from dcpbench.strategies.contents import contents, one_in, scope
 from dcpbench.strategies.layouts import layouts, world_sizes
+from dcpbench.strategies.sequences import chains, conversions, sequences, stateful_round_trips
+from dcpbench.strategies.stages import lonely_failures, process_groups, stages
+from dcpbench.strategies.switches import changing_states, lenient_loads, switched
 
 __all__ = [
+    "async_saves",
+    "bad_async_saves",
     "bad_loads",
     "bad_saves",
+    "chains",
+    "changing_states",
+    "conversions",
+    "lenient_loads",
+    "lonely_failures",
     "multi_checkpoint",
     "overwriting",
     "partial_loads",
+    "process_groups",
     "resharding",
     "round_trips",
+    "sequences",
+    "stages",
+    "stateful_round_trips",
+    "switched",
     "without_process_group",
 ]
 
@@ -116,7 +132,9 @@ def bad_loads(draw: st.DrawFn) -> Case:
     kinds: list[Misuse] = ["no-checkpoint"]
     if leaves[number].path[-1].kind == "key":
         kinds.insert(0, "unknown-key")
-    if number < len(tensors):
+    if number >= len(tensors):
+        kinds.insert(0, "other-kind")
+    else:
         kinds.insert(0, "extra-dim")
         if tensors[number].shape:
             kinds.insert(0, "larger")
@@ -139,4 +157,6 @@ def bad_saves(draw: st.DrawFn) -> Case:
     objects = objects or (ObjectLeaf((Part("key", "unsavable"),), None),)
     layout = draw(layouts(tensors, draw(world_sizes(scope.max_world_size), label="ranks")), label="layout")
     number = draw(st.integers(len(tensors), len(tensors) + len(objects) - 1), label="misused leaf")
-    return Case("unsavable", 0, tensors, objects, (layout,), (Step("save", 0, misuse="unsavable", misused=number),))
+    step = Step("save", 0, misuse="unsavable", misused=number)
+    options = Options(num_threads=2) if one_in(draw, 4, "threads") else Options()
+    return Case("unsavable", 0, tensors, objects, (layout,), (step,), options)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dcpbench.case import ObjectLeaf, Part, TensorLeaf
 from dcpbench.strategies.values import alike, dtypes, keys, shapes, values
 
-__all__ = ["contents", "leaf_paths", "scope"]
+__all__ = ["MAY_REQUIRE_GRAD", "contents", "leaf_paths", "one_in", "scope"]
 
 
 @dataclass(slots=True)
@@ -35,7 +35,7 @@ LARGE_SHAPES = ((257, 1031), (65_537,), (3, 300, 200))
 LONG_LIST = 12
 """Indices of two digits: their order as text is another one."""
 
-_MAY_REQUIRE_GRAD = frozenset(("float32", "bfloat16", "float16", "float64", "complex64", "complex128"))
+MAY_REQUIRE_GRAD = frozenset(("float32", "bfloat16", "float16", "float64", "complex64", "complex128"))
 
 
 def one_in(draw: st.DrawFn, number: int, label: str) -> bool:
@@ -111,5 +111,5 @@ def _tensors(draw: st.DrawFn, path: tuple[Part, ...], earlier: list[TensorLeaf])
     shape = draw(st.sampled_from(LARGE_SHAPES) if one_in(draw, 25, "large") else shapes(), label="shape")
     dtype = draw(dtypes(), label="dtype")
     is_expanded = bool(shape) and one_in(draw, 8, "expanded")
-    is_parameter = dtype in _MAY_REQUIRE_GRAD and one_in(draw, 6, "requires grad")
+    is_parameter = dtype in MAY_REQUIRE_GRAD and one_in(draw, 6, "requires grad")
     return TensorLeaf(path, shape, dtype, is_expanded, is_parameter)

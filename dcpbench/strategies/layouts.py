@@ -88,12 +88,12 @@ def _as_fsdp_over_tp(drawn: tuple[Placement, ...], mesh: Mesh) -> tuple[Placemen
 
 
 @st.composite
-def layouts(draw: st.DrawFn, tensors: Sequence[TensorLeaf], world_size: int) -> Layout:
-    """Draws a layout of ``tensors`` over ``world_size`` ranks.
+def layouts(draw: st.DrawFn, tensors: Sequence[TensorLeaf], world_size: int, *, is_whole: bool = False) -> Layout:
+    """Draws a layout of ``tensors`` over ``world_size`` ranks; with ``is_whole`` the mesh leaves none of them out.
 
     Shrinks towards one axis over all ranks, each tensor cut along dim 0 and contiguous.
     """
-    mesh = draw(meshes(world_size), label="mesh")
+    mesh = draw(meshes(world_size, any_order=not is_whole), label="mesh")
     leaves: list[LeafLayout] = []
     for tensor in tensors:
         if tensor.tied_to is not None:

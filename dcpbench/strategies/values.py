@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 import math
+from collections import OrderedDict, defaultdict, deque
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import PurePosixPath
 
+import numpy as np
 from hypothesis import strategies as st
 
-from dcpbench import objects
+from dcpbench import objects, sample_types
 from dcpbench.content import DTYPES
 
 __all__ = ["alike", "dtypes", "keys", "shapes", "values"]
@@ -80,8 +86,49 @@ def values() -> st.SearchStrategy[object]:
         max_leaves=6,
     )
     lists = st.lists(extremes, min_size=1, max_size=4)
-    kinds = [scalars, extremes, plain, lists, lists.map(tuple)]  # one_of would weigh each scalar like a whole kind
-    return st.sampled_from(kinds).flatmap(lambda kind: kind).map(objects.encode)
+    # one_of would weigh each scalar like a whole kind
+    kinds = [scalars, extremes, plain, lists, lists.map(tuple), *[_rich_values(scalars)] * 2]
+    return st.sampled_from(kinds).flatmap(lambda kind: kind).map(_encode)
+
+
+_ENCODED: tuple[object, ...] = (
+    *({"Size": [2, 3]}, {"Size": []}, {"dtype": "bfloat16"}, {"device": "cpu"}, {"device": "cuda:1"}),
+    *({"tuple": [None, {"Tensor": ["uint8", [3], "AQID"]}]}, {"tuple": [{"Tensor": ["float32", [], "AACAPw=="]}]}),
+)
+"""Values of torch's own types, encoded: an RNG state beside tensors is a tensor within a tuple."""
+
+
+def _rich_values(scalars: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
+    """Returns a strategy for records, dates, numpy's and torch's values, containers with a rule of their own."""
+    inner = st.lists(scalars, max_size=2)
+    names = st.text(max_size=3)
+    return st.one_of(
+        st.builds(sample_types.Betas, scalars, inner),
+        st.builds(sample_types.Progress, scalars, inner),
+        st.sampled_from([*sample_types.Phase, sample_types.Parts.HEAD, sample_types.Parts(3)]),
+        st.builds(deque, inner, st.sampled_from([None, 3])),
+        st.dictionaries(names, st.integers(), max_size=2).map(lambda held: (defaultdict(int, held),)),
+        st.dictionaries(names, scalars, max_size=2).map(lambda held: (OrderedDict(held),)),
+        st.sampled_from([range(3), slice(None, 5), range(5, 0, -2)]),
+        st.sampled_from(
+            [datetime.timedelta(days=-1, microseconds=1), datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)]
+        ),
+        st.sampled_from([PurePosixPath("a/b"), Decimal("1e-400"), Decimal("-0"), bytearray(b"a\0b")]),
+        st.sampled_from([np.float32(0.1), np.int64(-1), np.bool_(True), np.float64("nan"), np.str_("x"), np.uint8(7)]),
+        st.sampled_from([np.arange(6).reshape(2, 3), np.zeros(0, "f4"), np.array(1.5), np.arange(4.0)[::2]]),
+        st.sampled_from(_ENCODED).map(_Encoded),
+    )
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A value that is encoded already, since making it would need torch."""
+
+    held: object
+
+
+def _encode(value: object) -> object:
+    return value.held if isinstance(value, _Encoded) else objects.encode(value)
 
 
 def alike() -> st.SearchStrategy[object]:

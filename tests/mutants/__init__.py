@@ -4,18 +4,33 @@
 the others it works.
 """
 
-from tests.mutants import content, geometry, identity, metadata, objects, outcome, planning, state
+from tests.mutants import (
+    background,
+    content,
+    geometry,
+    identity,
+    metadata,
+    objects,
+    outcome,
+    places,
+    planning,
+    ranks,
+    state,
+)
 from tests.mutants.bank import MUTANTS, Mutant
 
 __all__ = [
     "MUTANTS",
     "Mutant",
+    "background",
     "content",
     "geometry",
     "identity",
     "metadata",
     "objects",
     "outcome",
+    "places",
     "planning",
+    "ranks",
     "state",
 ]

@@ -16,10 +16,12 @@ from torch.distributed.tensor import DTensor
 
 from dcpbench import Case, EngineBackend, PlannerBackend, StorageBackend
 from dcpbench.case import TensorLeaf
-from tests.odd_backends import Dense
+from tests.odd_backends import Background, Calls, Dense
 
 __all__ = [
     "MUTANTS",
+    "Background",
+    "Calls",
     "Dense",
     "Engine",
     "LoadPlanner",
@@ -85,8 +87,11 @@ def breaks(
 
     def enter(part: type) -> Any:
         name, base = part.__name__, "tests.odd_backends:dense" if issubclass(part, Dense) else "torch"
+        base = "tests.odd_backends:background" if issubclass(part, Background) else base
         backend = f"{part.__module__}:{name}"
         MUTANTS[name] = Mutant(name, backend, base, (part.__doc__ or "").strip(), rules, suite, on)
+        if issubclass(part, Calls):
+            return part().backend(name)
         if issubclass(part, Engine | Dense):
             engine = part()
             return EngineBackend(name, engine.save, engine.load)

@@ -15,11 +15,12 @@ from torch.futures import Future
 
 from dcpbench import EngineBackend, PlannerBackend, StorageBackend
 from dcpbench.backends.protocol import Engine
+from tests.odd_backends.calls import Background, Calls
 from tests.odd_backends.dense import Dense
 from tests.odd_backends.planners import Bookkeeping, HighestRank, Restaging, RowChunks, Shuffled
 from tests.odd_backends.storage import BigEndian, Database, ItemReader, Items, ItemWriter, Zipped
 
-__all__ = ["ODD", "Dense", "dense"]
+__all__ = ["ODD", "Background", "Calls", "Dense", "background", "dense"]
 
 
 class LateWriter(dcp.FileSystemWriter):
@@ -115,6 +116,7 @@ def _with_words(function: Any) -> Any:
 
 _FILES = {"writer": dcp.FileSystemWriter, "reader": dcp.FileSystemReader}
 
+background = Background().backend("background")
 dense = EngineBackend("dense", Dense().save, Dense().load)
 renaming = EngineBackend("renaming", Renaming().save, Renaming().load)
 chatty = StorageBackend("chatty", **_FILES, engine=Engine(_with_words(dcp.save), _with_words(dcp.load)))

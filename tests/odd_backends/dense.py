@@ -104,6 +104,9 @@ class Dense:
         fqn = ".".join(map(str, path))
         if self.key(path) not in whole:
             raise KeyError(f"{fqn} is not in the checkpoint")
+        held = whole[self.key(path)]
+        if isinstance(value, torch.Tensor) and not (isinstance(held, tuple) and isinstance(held[0], torch.dtype)):
+            raise TypeError(f"{fqn} is no tensor in the checkpoint")
         if isinstance(value, torch.Tensor) and whole[self.key(path)][1].shape[:-1] != tuple(value.shape):
             raise ValueError(f"{fqn} has another shape in the checkpoint")
 
@@ -127,14 +130,19 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
 
 def raw_of(tensor: torch.Tensor) -> Bytes:
     """Returns the bytes of a tensor as an array ``[*shape, element size]``."""
-    flat = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format).reshape(-1)
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    plain = plain.view(torch.uint8) if plain.itemsize == 1 else plain
+    flat = plain.clone(memory_format=torch.contiguous_format).reshape(-1)
     data = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
     return data.reshape(*tensor.shape, tensor.itemsize).copy()
 
 
 def fill(tensor: torch.Tensor, raw: Bytes) -> None:
     flat = torch.from_numpy(np.ascontiguousarray(raw).reshape(-1))
-    tensor.detach().copy_(flat.view(tensor.dtype).reshape(tensor.shape))
+    if tensor.itemsize == 1:
+        tensor.detach().view(torch.uint8).copy_(flat.reshape(tensor.shape))
+    else:
+        tensor.detach().copy_(flat.view(tensor.dtype).reshape(tensor.shape))
 
 
 def _rank() -> int:

@@ -96,7 +96,7 @@ class Restaging(dcp.DefaultLoadPlanner):
     """Has each part read into memory of its own, and copies it into the tensor when it is complete."""
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        return torch.zeros_like(super().resolve_tensor(read_item), memory_format=torch.contiguous_format)
+        return torch.empty_like(super().resolve_tensor(read_item), memory_format=torch.contiguous_format)
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         super().resolve_tensor(read_item).detach().copy_(tensor)

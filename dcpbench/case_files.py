@@ -1,0 +1,44 @@
+"""Case files of either kind: of plain state dicts (`Case`) and of training (`TrainingCase`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dcpbench import codec
+from dcpbench.case import Case
+from dcpbench.errors import MalformedFile, UsageError
+from dcpbench.models.case import TrainingCase
+
+__all__ = ["AnyCase", "load_case", "loads_case"]
+
+AnyCase = Case | TrainingCase
+
+
+def loads_case(text: str, where: str = "case") -> AnyCase:
+    """Returns the case that ``text`` describes: one of training if it has a model.
+
+    Raises:
+        MalformedFile: it is not JSON, or a field is missing, unknown or out of range.
+    """
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise MalformedFile(where, f"expected JSON but {error}.") from error
+    held = data.get("case", data) if isinstance(data, dict) else data
+    if isinstance(held, dict) and "model" in held:
+        return codec.from_json(TrainingCase, held, where)
+    return codec.from_json(Case, held, where)
+
+
+def load_case(path: Path) -> AnyCase:
+    """Returns the case in a file that a failing run wrote, or that its ``dumps()`` gave.
+
+    Raises:
+        UsageError: the file cannot be read or is malformed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"Expected a case file but {path} cannot be read: {error}. Give the path of one.") from error
+    return loads_case(text, str(path))

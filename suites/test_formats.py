@@ -1,0 +1,13 @@
+"""From a checkpoint to a torch.save file and back."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+
+from dcpbench import cases, judge
+
+
+@settings(max_examples=max(settings.default.max_examples // 4, 4))
+@given(case=cases.conversions())
+def test_conversion_loses_nothing(case, pool, backend, check):
+    check(judge(case, pool.run(case, backend)))

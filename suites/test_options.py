@@ -1,0 +1,25 @@
+"""Options of planners, writers and calls: other names, flags and partial loads; states that change between saves."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+
+from dcpbench import cases, judge
+
+
+@settings(max_examples=max(settings.default.max_examples // 3, 4))
+@given(case=cases.switched())
+def test_options_change_no_byte(case, pool, backend, check):
+    check(judge(case, pool.run(case, backend)))
+
+
+@settings(max_examples=max(settings.default.max_examples // 4, 4))
+@given(case=cases.lenient_loads())
+def test_a_partial_load_leaves_what_is_missing(case, pool, backend, check):
+    check(judge(case, pool.run(case, backend)))
+
+
+@settings(max_examples=max(settings.default.max_examples // 3, 4))
+@given(case=cases.changing_states())
+def test_a_changed_state_is_saved_as_it_is(case, pool, backend, check):
+    check(judge(case, pool.run(case, backend)))

@@ -1,0 +1,25 @@
+"""State that differs from rank to rank: pipeline stages, values of each rank's own, process groups."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+
+from dcpbench import cases, judge
+
+
+@settings(max_examples=max(settings.default.max_examples // 2, 4))
+@given(case=cases.stages())
+def test_each_rank_gets_what_some_rank_held(case, pool, backend, check):
+    check(judge(case, pool.run(case, backend)))
+
+
+@settings(max_examples=max(settings.default.max_examples // 30, 2))
+@given(case=cases.lonely_failures())
+def test_each_rank_hears_of_a_failure_on_one(case, pool, backend, check):
+    check(judge(case, pool.run(case, backend)))
+
+
+@settings(max_examples=max(settings.default.max_examples // 3, 4))
+@given(case=cases.process_groups())
+def test_a_process_group_saves_and_loads_by_itself(case, pool, backend, check):
+    check(judge(case, pool.run(case, backend)))
