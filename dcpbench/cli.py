@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dcpbench import __version__, rules
-from dcpbench.case import Case
-from dcpbench.errors import DcpbenchError, UsageError
+from dcpbench.errors import DcpbenchError
 
 __all__ = ["main"]
 
@@ -112,12 +111,7 @@ def _script(given: argparse.Namespace) -> int:
     from dcpbench.case_files import load_case
     from dcpbench.script import as_script
 
-    case = load_case(given.file)
-    if not isinstance(case, Case):
-        raise UsageError(
-            f"Expected a case of a plain state dict but {given.file} is of training. Try: dcpbench replay {given.file}"
-        )
-    print(as_script(case, given.backend), end="")
+    print(as_script(load_case(given.file), given.backend), end="")
     return 0
 
 

@@ -64,7 +64,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--known-defects",
         type=Path,
         metavar="FILE",
-        help="known defects of the backends that do not ship with dcpbench (default: none)",
+        help="known defects of the backends under test (default: those that dcpbench knows of torch)",
     )
     group.addoption("--certificate", metavar="DIR", help="write a certificate there: every rule on every backend")
 
@@ -112,7 +112,7 @@ def _known_defects(settings: Settings, own: Path | None) -> dict[str, tuple[know
     if own is not None:
         if not own.is_file():
             raise expected("a file of known defects", "--known-defects", str(own), "Give one, or leave it out.")
-        files |= {name: own for name in settings.backends if name not in registry.KNOWN}
+        files |= dict.fromkeys(settings.backends, own)
     return {name: known_defects.load_defects(file, name) for name, file in files.items()}
 
 

@@ -12,9 +12,12 @@ from typing import Any, Final
 
 from dcpbench import object_kinds
 from dcpbench.case import Case, ObjectLeaf, Placement
+from dcpbench.case_files import AnyCase
 from dcpbench.content import overwritten
 from dcpbench.errors import expected
 from dcpbench.geometry import Region
+from dcpbench.models.case import TrainingCase
+from dcpbench.training_script import as_training_script
 
 __all__ = ["as_script"]
 
@@ -28,13 +31,15 @@ _ENGINE_LINES: Final = (
 _STEPS_LINE: Final = "STEPS: list[dict[str, Any]] = []\n"
 
 
-def as_script(case: Case, backend: str) -> str:
+def as_script(case: AnyCase, backend: str) -> str:
     """Returns the text of a script that shows what ``case`` shows on ``backend``.
 
     Raises:
         UsageError: the tensors hold more than 1 MiB, a load is a misuse, a value is of a kind that Python does not
             write as it is, or the backend is not one that ships.
     """
+    if isinstance(case, TrainingCase):
+        return as_training_script(case, backend)
     if backend not in _ENGINES:
         raise expected(
             f"one of {', '.join(sorted(_ENGINES))}", "--backend", backend, "Adapt the script of one of them."

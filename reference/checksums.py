@@ -6,18 +6,19 @@ ISA-L, with vector instructions, a tenth of that. The value is the same.
 
 from __future__ import annotations
 
+import importlib
+import zlib
 from collections.abc import Callable
+from typing import Any
 
 __all__ = ["CRC32_NAME", "crc32"]
 
-crc32: Callable[..., int]
-"""`crc32(bytes, start=0)`; with `start` the checksum of what came before, that of both together."""
-
 try:
-    from isal.isal_zlib import crc32
-
-    CRC32_NAME = "isal"
+    _zlib: Any = importlib.import_module("isal.isal_zlib")
 except ImportError:
-    from zlib import crc32
+    _zlib = zlib
 
-    CRC32_NAME = "zlib"
+CRC32_NAME = "zlib" if _zlib is zlib else "isal"
+
+crc32: Callable[..., int] = _zlib.crc32
+"""`crc32(bytes, start=0)`; with `start` the checksum of what came before, that of both together."""

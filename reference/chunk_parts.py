@@ -8,23 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import add, sub
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 
-from .boxes import BoxIndex, Integers, TilingFault, find_tiling_fault, tiles
+from .boxes import BoxIndex, Integers
 from .layout import LocalBox
 from .metadata import MetadataError
+from .tiling import TilingFault, find_tiling_fault, tiles
 
 __all__ = ["ChunkPart", "PartFinder"]
 
-_NUM_ONE_BY_ONE = 16
+_MAX_ONE_BY_ONE = 64
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkPart:
+class ChunkPart(NamedTuple):
     """A region that a saved chunk and a box have in common.
 
     Args:
@@ -44,8 +46,10 @@ class ChunkPart:
 
 @dataclass(frozen=True)
 class _Found:
-    parts: list[ChunkPart]
-    fault: TilingFault | None
+    """The parts for each box; or, in the first one that is not covered once, where and by which of its parts."""
+
+    parts: list[list[ChunkPart]]
+    fault: tuple[int, TilingFault] | None = None
 
 
 class PartFinder:
@@ -54,99 +58,101 @@ class PartFinder:
     def __init__(self) -> None:
         self._cuts: dict[tuple[int, int, int], _Cut] = {}
 
-    def parts(self, fqn: str, entry: TensorStorageMetadata, box: LocalBox) -> list[ChunkPart]:
-        """Return the parts that fill `box`, by position; none for an empty box.
+    def parts(self, fqn: str, entry: TensorStorageMetadata, boxes: Sequence[LocalBox]) -> list[list[ChunkPart]]:
+        """Return, for each of `boxes`, the parts that fill it, by position; none for an empty box.
 
         Raises:
-            MetadataError: some element of the box is in no chunk, or in several: a checkpoint may be incomplete
+            MetadataError: some element of a box is in no chunk, or in several: a checkpoint may be incomplete
                 elsewhere, but not where it is needed.
         """
-        found = self._cut(entry.chunks).found(box.offsets, box.sizes)
+        found = self._cut(entry).found(boxes)
         if found.fault is not None:
-            at = tuple(map(add, box.offsets, found.fault.index))
-            holders = [tuple(found.parts[i].chunk_offsets) for i in found.fault.positions]
+            number, fault = found.fault
+            at = tuple(map(add, boxes[number].offsets, fault.index))
+            holders = [tuple(found.parts[number][i].chunk_offsets) for i in fault.positions]
             raise MetadataError(
                 f"Expected one chunk for each element of {fqn!r} but got {len(holders)} for the element at {at}"
                 f"{f', at offsets {holders}' if holders else ''}. The checkpoint is incomplete or contradicts itself."
             )
         return found.parts
 
-    def _cut(self, chunks: list[ChunkStorageMetadata]) -> _Cut:
+    def _cut(self, entry: TensorStorageMetadata) -> _Cut:
+        chunks = entry.chunks
         if not chunks:
-            return _Cut(chunks)
+            return _Cut(entry)
         key = (len(chunks), id(chunks[0]), id(chunks[-1]))
         cut = self._cuts.get(key)
         # A comparison of lists is quick where the elements are the same objects, as the first and the last one are.
-        if cut is None or cut.chunks != chunks:
-            cut = self._cuts[key] = _Cut(chunks)
+        if cut is None or (cut.chunks is not chunks and cut.chunks != chunks) or cut.size != entry.size:
+            cut = self._cuts[key] = _Cut(entry)
         return cut
 
 
 class _Cut:
     """The chunks of a tensor, and what was found for boxes so far."""
 
-    def __init__(self, chunks: list[ChunkStorageMetadata]) -> None:
-        self.chunks = chunks
-        self._index = BoxIndex(chunks)
-        self._found: dict[tuple[torch.Size, torch.Size], _Found] = {}
+    def __init__(self, entry: TensorStorageMetadata) -> None:
+        self.chunks: list[ChunkStorageMetadata] = entry.chunks
+        self.size = entry.size
+        self._index = BoxIndex(self.chunks)
+        self._is_tiling: bool | None = None
+        self._found: dict[tuple[tuple[torch.Size, torch.Size], ...], _Found] = {}
 
-    def found(self, offsets: torch.Size, sizes: torch.Size) -> _Found:
-        found = self._found.get((offsets, sizes))
+    def found(self, boxes: Sequence[LocalBox]) -> _Found:
+        key = tuple([(box.offsets, box.sizes) for box in boxes])
+        found = self._found.get(key)
         if found is None:
-            found = self._found[offsets, sizes] = self._find(offsets, sizes)
+            is_small = len(boxes) * len(self.chunks) <= _MAX_ONE_BY_ONE
+            found = self._found[key] = self._find_one_by_one(boxes) if is_small else self._find_together(boxes)
         return found
 
-    def _find(self, offsets: torch.Size, sizes: torch.Size) -> _Found:
-        if len(self.chunks) == 1 and self.chunks[0].sizes == sizes and self.chunks[0].offsets == offsets:
-            zero = torch.Size([0] * len(sizes))
-            return _Found([ChunkPart(0, offsets, zero, zero, sizes)] if 0 not in sizes else [], None)
-        if len(self.chunks) > _NUM_ONE_BY_ONE:
-            positions, begins, ends = self._index.overlaps(offsets, sizes)
-            if len(positions) > _NUM_ONE_BY_ONE:
-                return self._found_many(positions, begins, ends, offsets, sizes)
-        parts = []
-        for position, begin, extent in self._index.overlapping(offsets, sizes):
-            chunk = self.chunks[position]
-            in_box, in_chunk = _minus(begin, offsets), _minus(begin, chunk.offsets)
-            parts.append(ChunkPart(position, chunk.offsets, in_box, in_chunk, torch.Size(extent)))
-        if len(parts) == 1 and parts[0].sizes == sizes:
-            return _Found(parts, None)
-        return _Found(parts, _fault(parts, sizes))
+    def _find_one_by_one(self, boxes: Sequence[LocalBox]) -> _Found:
+        found: list[list[ChunkPart]] = []
+        for box in boxes:
+            found.append([])
+            for position, begin, extent in self._index.overlapping(box.offsets, box.sizes):
+                chunk = self.chunks[position].offsets
+                in_box, in_chunk = _minus(begin, box.offsets), _minus(begin, chunk)
+                found[-1].append(ChunkPart(position, chunk, in_box, in_chunk, torch.Size(extent)))
+            fault = _fault(found[-1], box.sizes)
+            if fault is not None:
+                return _Found(found, (len(found) - 1, fault))
+        return _Found(found)
 
-    def _found_many(
-        self, positions: Integers, begins: Integers, ends: Integers, offsets: torch.Size, sizes: torch.Size
-    ) -> _Found:
-        chunk_offsets = [self.chunks[position].offsets for position in positions.tolist()]
-        in_box = begins - np.array(offsets, np.int64)
-        in_chunk = begins - np.array(chunk_offsets, np.int64)
+    def _find_together(self, boxes: Sequence[LocalBox]) -> _Found:
+        lows = np.array([box.offsets for box in boxes], np.int64).reshape(len(boxes), -1)
+        highs = lows + np.array([box.sizes for box in boxes], np.int64).reshape(len(boxes), -1)
+        rows, positions, begins, ends = self._index.pairs(lows, highs)
         parts = list(
             map(
                 ChunkPart,
                 positions.tolist(),
-                chunk_offsets,
-                map(torch.Size, in_box.tolist()),
-                _shared_sizes(in_chunk),
-                _shared_sizes(ends - begins),
+                [self.chunks[position].offsets for position in positions.tolist()],
+                _sizes(begins - lows[rows]),
+                _sizes(begins - self._index.lows[positions]),
+                _sizes(ends - begins),
             )
         )
-        is_tiled = tiles(in_box, in_box + (ends - begins), sizes)
-        return _Found(parts, None if is_tiled else _fault(parts, sizes))
+        edges = np.searchsorted(rows, np.arange(len(boxes) + 1)).tolist()
+        found = [parts[begin:end] for begin, end in pairwise(edges)]
+        if not self._is_covering(lows, highs):
+            for number, (own, box) in enumerate(zip(found, boxes, strict=True)):
+                fault = _fault(own, box.sizes)
+                if fault is not None:
+                    return _Found(found, (number, fault))
+        return _Found(found)
+
+    def _is_covering(self, lows: Integers, highs: Integers) -> bool:
+        """Whether boxes need no look at each: they lie in the tensor, each element of which is in one chunk."""
+        if self._is_tiling is None:
+            self._is_tiling = tiles(self._index.lows, self._index.highs, self.size)
+        return self._is_tiling and bool((lows >= 0).all() and (highs <= np.array(self.size, np.int64)).all())
 
 
 def _fault(parts: list[ChunkPart], sizes: torch.Size) -> TilingFault | None:
+    if len(parts) == 1 and parts[0].sizes == sizes:
+        return None
     return find_tiling_fault([_Region(part.offsets, part.sizes) for part in parts], sizes)
-
-
-def _shared_sizes(rows: Integers) -> list[torch.Size]:
-    """Return a size for each row; equal ones are one object, since most are."""
-    seen: dict[tuple[int, ...], torch.Size] = {}
-    found = []
-    for row in map(tuple, rows.tolist()):
-        size = seen.get(row)
-        if size is None:
-            size = seen[row] = torch.Size(row)
-        found.append(size)
-    return found
 
 
 @dataclass(frozen=True)
@@ -157,3 +163,15 @@ class _Region:
 
 def _minus(a: Sequence[int], b: Sequence[int]) -> torch.Size:
     return torch.Size(map(sub, a, b))
+
+
+def _sizes(rows: Integers) -> list[torch.Size]:
+    """Return a size for each row; equal ones are one object, since there are few different ones."""
+    seen: dict[tuple[int, ...], torch.Size] = {}
+    found = []
+    for row in map(tuple, rows.tolist()):
+        size = seen.get(row)
+        if size is None:
+            size = seen[row] = torch.Size(row)
+        found.append(size)
+    return found

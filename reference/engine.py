@@ -35,7 +35,6 @@ from .collectives import (
     Scatter,
     attempt,
 )
-from .gc_pause import gc_paused
 from .metadata import MetadataError
 from .planner import DefaultLoadPlanner, DefaultSavePlanner
 from .stateful import is_stateful
@@ -155,7 +154,6 @@ class _SaveActions:
         self._storage: Any = None
         self._metadata: Any = None
 
-    @gc_paused()
     def plan(self) -> SavePlan:
         self._storage = storage = self._open_storage()
         plain = self._state_dict
@@ -174,7 +172,6 @@ class _SaveActions:
         plan: SavePlan = storage.prepare_local_plan(planner.create_local_plan())
         return plan
 
-    @gc_paused()
     def plan_all(self, plans: list[SavePlan]) -> list[SavePlan]:
         plans, self._metadata = self._planner.create_global_plan(plans)
         prepared: list[SavePlan] = self._storage.prepare_global_plan(plans)
@@ -218,7 +215,6 @@ def load_protocol(
     plain: dict[Any, Any] = {} if asks_stateful else state_dict
     stateful: list[Any] = []
 
-    @gc_paused()
     def local_step() -> LoadPlan:
         nonlocal storage
         storage = open_storage()

@@ -173,18 +173,13 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
         future.set_result(WriteResults(result for part in written for result in part))
         return future
 
-    @gc_paused()
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commit: write the metadata and let it replace the old one in one step. Coordinator only.
 
         Raises:
             MetadataError: some chunk was planned and never written.
         """
-        metadata.version = DCP_VERSION
-        metadata.storage_meta = self.storage_meta()
-        metadata.storage_data = {result.index: result.storage_data for part in results for result in part}
-        check_metadata(metadata, must_cover=False, needs_storage=True)
-        raw = sealed_metadata(dump_metadata(metadata, trusted_classes=self.trusted_classes))
+        raw = self._completed(metadata, results)
         target = self._metadata_path()
         temporary = target.with_name(f"{target.name}.tmp")
         with temporary.open("wb") as stream:
@@ -197,6 +192,15 @@ class FileSystemWriter(StorageWriter, BlockingAsyncStager):
             _sync_folder(self.path)
             _sync_folder(self.path.parent)
         self._remove_stale({info.relative_path for info in metadata.storage_data.values()})
+
+    @gc_paused()
+    def _completed(self, metadata: Metadata, results: list[list[WriteResult]]) -> bytes:
+        """Enter into the metadata what storage has to say, check it, and return its bytes."""
+        metadata.version = DCP_VERSION
+        metadata.storage_meta = self.storage_meta()
+        metadata.storage_data = {result.index: result.storage_data for part in results for result in part}
+        check_metadata(metadata, must_cover=False, needs_storage=True)
+        return sealed_metadata(dump_metadata(metadata, trusted_classes=self.trusted_classes))
 
     @property
     def checkpoint_id(self) -> str | os.PathLike[str]:

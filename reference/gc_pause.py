@@ -9,9 +9,9 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-__all__ = ["gc_paused"]
+__all__ = ["gc_paused", "gc_paused_in_main_thread"]
 
 _lock = threading.Lock()
 _num_pauses = 0
@@ -22,9 +22,8 @@ _was_enabled = False
 def gc_paused() -> Iterator[None]:
     """Keep the collector from running while the context, or a function decorated with it, does.
 
-    Pauses nest, in several threads as well: the last to end sets the collector going again, if it was. Only for what
-    ends soon or keeps the program waiting anyway, since other threads make garbage meanwhile; a save in the background
-    pauses it step by step.
+    Pauses nest, in several threads as well: the last to end sets the collector going again, if it was. Not for what may
+    wait: other threads make garbage meanwhile.
     """
     global _num_pauses, _was_enabled  # noqa: PLW0603  the collector is the process's own
     with _lock:
@@ -37,5 +36,13 @@ def gc_paused() -> Iterator[None]:
     finally:
         with _lock:
             _num_pauses -= 1
-            if _was_enabled:
+            if not _num_pauses and _was_enabled:
                 gc.enable()
+
+
+def gc_paused_in_main_thread() -> AbstractContextManager[None]:
+    """Return a pause for a whole save or load, if the main thread makes it: the program then waits for it anyway.
+
+    Any other thread may wait for ever while the program goes on: there, steps that cannot wait are paused one by one.
+    """
+    return gc_paused() if threading.current_thread() is threading.main_thread() else nullcontext()

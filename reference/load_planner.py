@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
 from .chunk_parts import PartFinder
+from .gc_pause import gc_paused
 from .indices import new_index
 from .layout import is_tensor_leaf
 from .leaves import HoldsLeaves, LeafTable, PlanningError
@@ -61,6 +62,7 @@ class DefaultLoadPlanner(HoldsLeaves, LoadPlanner):
         self._materialized: dict[str, torch.Tensor] = {}
         self._parts = PartFinder()
 
+    @gc_paused()
     def set_up_planner(
         self,
         state_dict: dict[str, Any],
@@ -89,6 +91,7 @@ class DefaultLoadPlanner(HoldsLeaves, LoadPlanner):
         self.metadata = metadata
         self.is_coordinator = is_coordinator
 
+    @gc_paused()
     def create_local_plan(self) -> LoadPlan:
         """Return the reads that fill what this rank holds. All ranks.
 
@@ -123,7 +126,7 @@ class DefaultLoadPlanner(HoldsLeaves, LoadPlanner):
             warnings.warn(
                 f"{_first_few(changes)}: values are converted. Pass DefaultLoadPlanner(allow_dtype_change=False) to "
                 "refuse that.",
-                stacklevel=2,
+                stacklevel=3,
             )
         return LoadPlan(items)
 
@@ -187,10 +190,8 @@ class DefaultLoadPlanner(HoldsLeaves, LoadPlanner):
 
     def _tensor_reads(self, fqn: str, value: Any, entry: TensorStorageMetadata) -> list[ReadItem]:
         reads: list[ReadItem] = []
-        for position, box in enumerate(self._table().boxes(fqn, value)):
-            parts = self._parts.parts(fqn, entry, box)
-            if not parts:
-                continue
+        boxes = self._table().boxes(fqn, value)
+        for position, (box, parts) in enumerate(zip(boxes, self._parts.parts(fqn, entry, boxes), strict=True)):
             destination = new_index(fqn, box.offsets, position)
             for part in parts:
                 source = new_index(fqn, part.chunk_offsets, part.position)

@@ -16,9 +16,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from .boxes import find_tiling_fault, is_in_bounds
+from .boxes import is_in_bounds
 from .indices import new_index
 from .metadata_codec import MetadataError, dump_metadata, load_metadata
+from .tiling import find_tiling_fault
 
 __all__ = [
     "BytesStorageMetadata",

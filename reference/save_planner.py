@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.tensor import DTensor
 
 from ._dedup_save_plans import dedup_save_plans
+from .gc_pause import gc_paused
 from .items import serialize_object
 from .layout import LocalBox, global_size, is_sharded, is_tensor_leaf, local_boxes, own_write_items, source_tensor
 from .leaves import HoldsLeaves, LeafTable, PlanningError
@@ -91,6 +92,7 @@ class DefaultSavePlanner(HoldsLeaves, SavePlanner):
         self.state_dict = table.leaves
         self.is_coordinator = is_coordinator
 
+    @gc_paused()
     def create_local_plan(self) -> SavePlan:
         """Return one write item per box that this rank holds, and one per object. All ranks.
 
@@ -104,6 +106,7 @@ class DefaultSavePlanner(HoldsLeaves, SavePlanner):
         self.plan = SavePlan(items, planner_data=self.mappings if self.flatten_state_dict else None)
         return self.plan
 
+    @gc_paused()
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """Return each rank's final plan, and the metadata. Coordinator only.
 

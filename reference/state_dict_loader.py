@@ -12,7 +12,7 @@ from typing_extensions import deprecated
 
 from .collectives import checked_coordinator, membership, run_alone, run_on_group
 from .engine import load_protocol
-from .gc_pause import gc_paused
+from .gc_pause import gc_paused_in_main_thread
 from .open_storage import open_reader, takes_storage_second
 from .whole_checkpoint import EmptyStateDictLoadPlanner
 
@@ -60,7 +60,7 @@ def load(
         open_storage=lambda: open_reader(storage_reader, checkpoint_id),
         planner=planner,
     )
-    with gc_paused():
+    with gc_paused_in_main_thread():
         if world_size == 1:
             run_alone(protocol)
         else:

@@ -14,7 +14,7 @@ from typing_extensions import deprecated
 from .async_saver import AsyncCheckpointerType, AsyncSaveResponse, async_save
 from .collectives import checked_coordinator, membership, run_alone, run_on_group
 from .engine import save_protocol
-from .gc_pause import gc_paused
+from .gc_pause import gc_paused_in_main_thread
 from .metadata import warn_if_partial
 from .open_storage import open_writer, takes_storage_second
 
@@ -65,7 +65,7 @@ def save(
         planner=planner,
         use_collectives=use_collectives,
     )
-    with gc_paused():
+    with gc_paused_in_main_thread():
         metadata = run_alone(protocol) if world_size == 1 else run_on_group(protocol, group)
     if use_collectives and world_size == 1:
         warn_if_partial(metadata, stacklevel=4)

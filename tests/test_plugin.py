@@ -108,25 +108,16 @@ def test_a_failure_explains_itself_and_replays(tmp_path):
 
 
 def test_a_known_defect_that_was_mended_is_reported(tmp_path):
-    suites = tmp_path / "suites"
-    for folder in ("known_defects/reference", "regressions"):
-        (suites / folder).mkdir(parents=True)
-    text = (ROOT / "suites/known_defects/torch.toml").read_text().replace("torch/", "reference/")
-    (suites / "known_defects/reference.toml").write_text(text)
-    for path in (ROOT / "suites/known_defects/torch").iterdir():
-        (suites / "known_defects/reference" / path.name).write_text(path.read_text())
-    (suites / "test_known.py").write_text((ROOT / "suites/test_known_defects.py").read_text())
-    (tmp_path / "pytest.ini").touch()
-    done = subprocess.run(
-        [*command("--backend=reference", f"--results={tmp_path}"), "-p", "dcpbench.plugin"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
+    own = f"--known-defects={ROOT}/suites/known_defects/torch.toml"
+    done = run("--backend=reference", own, "-k", "known_defect", f"--results={tmp_path}")
     assert done.returncode == 1
     assert "The known defect 'int-key' of reference is stale" in done.stdout
+
+
+def test_a_missing_list_of_known_defects_is_one_line(tmp_path):
+    done = run(f"--known-defects={tmp_path}/none.toml", f"--results={tmp_path}")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "Expected a file of known defects but got --known-defects=" in done.stderr
 
 
 def processes_with(mark: str) -> list[int]:

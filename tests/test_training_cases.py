@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import json
+import os
 import subprocess
 import sys
 from itertools import islice
@@ -27,6 +29,7 @@ from dcpbench.oracle.training_states import differences, whole_state
 from dcpbench.rules import RULES
 from dcpbench.strategies.modules import model_specs
 from dcpbench.strategies.optimizers import OPTIMIZERS
+from dcpbench.training_script import as_training_script
 from tests.mutants.training import TRAINING_MUTANTS
 
 ROOT = Path(__file__).parent.parent
@@ -199,6 +202,30 @@ def test_odd_but_correct_functions_are_not_flagged(name, strategy, ranks):
     for case in islice((case for case in drawn(strategy) if case.max_world_size <= 4), MAX_RUNS):
         verdict = judge(case, ranks.run(case, f"tests.mutants.training:{name}"))
         assert verdict.status == "PASS", verdict.reason or verdict.findings[0].text()
+
+
+@pytest.mark.parametrize(("backend", "code"), [("torch", 1), ("reference", 0)])
+def test_a_training_case_becomes_a_script_that_stands_alone(backend, code, tmp_path):
+    case = load_case(ROOT / "suites/known_defects/torch/shared-moments.json")
+    text = as_training_script(case, backend)
+    assert "dcpbench" not in text.replace("github.com", "")
+    (tmp_path / "script.py").write_text(text)
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT) if backend == "reference" else ""},
+        check=False,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert ("the defect is there" if code else "the defect is not there") in done.stdout
+
+
+def test_what_a_script_is_made_of_has_no_name_twice():
+    text = as_training_script(drawn("models")[0], "torch")
+    names = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    assert len(set(names)) == len(names)
 
 
 def test_a_training_case_replays():

@@ -87,6 +87,10 @@ class Parallelism:
         return self.kind in ("fsdp", "hsdp", "fsdp_tp", "dp_cp_tp", "hsdp_tp")
 
     @property
+    def needs_mesh(self) -> bool:
+        return self.kind not in ("alone", "plain", "ddp")
+
+    @property
     def tp(self) -> int:
         """The size of the tensor-parallel axis; 1 without one."""
         return self.sizes[-1] if AXES[self.kind][-1] == "tp" else 1

@@ -11,14 +11,14 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import lr_scheduler
 
 from dcpbench.models.case import Group, OptimizerSpec, TrainingCase
 from dcpbench.models.modules import build_model
-from dcpbench.models.observed import State
 from dcpbench.models.parallel import parallelize
-from dcpbench.models.snapshot import digests_of, leaves_of_loop, places_of, state_of
+from dcpbench.models.places import Leaves, leaves_of_loop, places_of
 from dcpbench.models.tree import BATCH, TIME
 
 __all__ = ["Loop"]
@@ -30,6 +30,8 @@ class Loop:
     Args:
         case: what is trained.
         layout: which of its layouts.
+        mesh: of that layout, if it needs one.
+        device: where the model is made.
         instance: another one begins with other values.
 
     Attributes:
@@ -37,12 +39,14 @@ class Loop:
         names: from each name of a parameter to its first.
     """
 
-    def __init__(self, case: TrainingCase, layout: int, device: str, instance: int = 0) -> None:
+    def __init__(
+        self, case: TrainingCase, layout: int, mesh: DeviceMesh | None, device: str, instance: int = 0
+    ) -> None:
         self.case = case
         bare = build_model(case.model, case.seed, instance).to(device)
         self._places = places_of(bare)
         self.bare = bare
-        self.model = parallelize(bare, case.model, case.layouts[layout], device)
+        self.model = parallelize(bare, case.model, case.layouts[layout], mesh)
         self._device = device
         parameters = [module._parameters[name] for _, module, name in self._places[0]]
         self.optimizers = [_optimizer(spec, parameters) for spec in case.optimizers]
@@ -118,18 +122,14 @@ class Loop:
             scheduler.load_state_dict(copy.deepcopy(kept["sched"][str(number)]))
         torch.set_rng_state(kept["rng"])
 
-    def state(self) -> State:
-        """Returns all that this loop keeps, as this rank holds it."""
-        return state_of(leaves_of_loop(self._places, self.optimizers, self.schedulers))
-
-    def digests(self) -> dict[str, str]:
-        """Returns a digest of each part of :meth:`state`."""
-        return digests_of(leaves_of_loop(self._places, self.optimizers, self.schedulers))
+    def leaves(self) -> Leaves:
+        """Yields key and value of all that this loop keeps, as this rank holds it."""
+        return leaves_of_loop(self._places, self.optimizers, self.schedulers)
 
 
 def _optimizer(spec: OptimizerSpec, parameters: list[Any]) -> torch.optim.Optimizer:
     kind: Any = getattr(torch.optim, spec.kind)
-    settings = [_settings(group, is_tensor=spec.has_tensor_lr) for group in spec.groups]
+    settings = [_arguments(group, is_tensor=spec.has_tensor_lr) for group in spec.groups]
     chosen = [[parameters[number] for number in group.parameters] for group in spec.groups]
     made: torch.optim.Optimizer
     if spec.kind == "LBFGS":  # it knows of no groups
@@ -140,7 +140,7 @@ def _optimizer(spec: OptimizerSpec, parameters: list[Any]) -> torch.optim.Optimi
     return made
 
 
-def _settings(group: Group, *, is_tensor: bool) -> dict[str, Any]:
+def _arguments(group: Group, *, is_tensor: bool) -> dict[str, Any]:
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in group.settings.items()}
     if is_tensor and "lr" in settings:
         settings["lr"] = torch.tensor(settings["lr"])

@@ -19,22 +19,19 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from dcpbench.layout import Mesh
 from dcpbench.models.case import AXES, Parallelism
 from dcpbench.models.modules import Attention, Experts, Mlp, Model, Norm, Positions
 from dcpbench.models.tree import CONTAINERS, TIME, ModelSpec
-from dcpbench.ranks.meshes import mesh_of
 
 __all__ = ["parallelize"]
 
 
-def parallelize(model: Model, spec: ModelSpec, how: Parallelism, device: str) -> nn.Module:
+def parallelize(model: Model, spec: ModelSpec, how: Parallelism, mesh: DeviceMesh | None) -> nn.Module:
     """Returns what is called in place of ``model``, which has become parallel in place; all ranks call it.
 
     What a kind of parallelism cannot cut stays as it is: under tensor parallelism tied weights, heads and experts that
     do not divide, and dims smaller than the axis; under FSDP2 0-d and empty parameters.
     """
-    mesh = mesh_of(Mesh(AXES[how.kind], how.sizes, tuple(range(how.world_size))), device) if _needs_mesh(how) else None
     if mesh is not None and AXES[how.kind][-1] == "tp":
         parallelize_module(model, mesh["tp"] if mesh.ndim > 1 else mesh, _plan(model, spec, how))
         for parameter, meant in zip(model.named_parameters(remove_duplicate=False), spec.parameters(), strict=True):
@@ -49,10 +46,6 @@ def parallelize(model: Model, spec: ModelSpec, how: Parallelism, device: str) ->
         has_idle = any(not p.is_used for p in spec.parameters())
         return DistributedDataParallel(model, find_unused_parameters=has_idle)
     return model
-
-
-def _needs_mesh(how: Parallelism) -> bool:
-    return how.kind not in ("alone", "plain", "ddp")
 
 
 def _data_mesh(mesh: DeviceMesh, how: Parallelism) -> DeviceMesh:

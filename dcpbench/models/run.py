@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
 from dcpbench.backends import registry
 from dcpbench.backends.protocol import Session, StateDictFunctions, state_dict_functions
+from dcpbench.layout import Mesh
 from dcpbench.messages import Observation, RunStep
-from dcpbench.models.case import TrainingCase, TrainingStep
+from dcpbench.models.app import App
+from dcpbench.models.case import AXES, TrainingCase, TrainingStep
 from dcpbench.models.loop import Loop
 from dcpbench.models.observed import TrainingView
-from dcpbench.models.snapshot import digests_of, leaves_of_state_dict, state_of
+from dcpbench.models.places import leaves_of_state_dict
+from dcpbench.models.snapshot import digests_of, state_of
+from dcpbench.ranks.meshes import mesh_of
 
 __all__ = ["run_training_step"]
 
@@ -62,9 +65,9 @@ class _Run:
         view: dict[str, Any] = {}
         if self._step.action == "read":
             alone, loss = self._trained()
-            view = {"losses_alone": alone.train(before, after, loss), "ends_alone": alone.digests()}
+            view = {"losses_alone": alone.train(before, after, loss), "ends_alone": digests_of(alone.leaves())}
         loop, loss = self._trained()
-        held, digests, kept = loop.state(), loop.digests(), loop.keep()
+        held, digests, kept = state_of(loop.leaves()), digests_of(loop.leaves()), loop.keep()
         app = App(loop, case, self._functions)
         self._enter_phase("get")
         read = state_dict = app.read()
@@ -74,7 +77,7 @@ class _Run:
             whole = {"app": app, **whole} if case.form == "stateful" else {**state_dict, **whole}
             self._session.save(whole, checkpoint_id)
         self._enter_phase("observe")
-        now = loop.digests()
+        now = digests_of(loop.leaves())
         changed = tuple(key for key in digests.keys() | now.keys() if digests.get(key) != now.get(key))
         said = state_of(leaves_of_state_dict(read, loop.names))
         copied = _copied(state_dict) if self._step.restores else None
@@ -85,7 +88,7 @@ class _Run:
             "read": said,
             "changed": tuple(sorted(changed)),
             "losses": losses,
-            "ends": loop.digests(),
+            "ends": digests_of(loop.leaves()),
         }
         if copied is not None:
             view |= self._restore(loop, app, copied, kept)
@@ -93,10 +96,16 @@ class _Run:
 
     def _trained(self) -> tuple[Loop, torch.Tensor | None]:
         self._enter_phase("build")
-        loop = Loop(self._case, self._step.layout, self._device)
+        loop = self._loop(0)
         self._enter_phase("train")
         loop.train(0, self._case.num_before)
         return loop, loop.backward(self._case.num_before) if self._case.is_mid_step else None
+
+    def _loop(self, instance: int) -> Loop:
+        how = self._case.layouts[self._step.layout]
+        mesh = Mesh(AXES[how.kind], how.sizes, tuple(range(how.world_size)))
+        made = mesh_of(mesh, self._device) if how.needs_mesh else None
+        return Loop(self._case, self._step.layout, made, self._device, instance)
 
     def _restore(self, loop: Loop, app: App, state_dict: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
         loop.clear()
@@ -110,9 +119,9 @@ class _Run:
         replaced = {k for k, v in given.items() if isinstance(v, torch.Tensor) and now_given.get(k) is not v}
         replaced |= {k for k in contents.keys() | left.keys() if contents.get(k) != left.get(k)}
         loop.put_back(kept)
-        restored, digests = loop.state(), loop.digests()
+        restored, digests = state_of(loop.leaves()), digests_of(loop.leaves())
         back = _write_over(given.values())
-        now = loop.digests()
+        now = digests_of(loop.leaves())
         for local, data in back:
             local.copy_(data)
         self._enter_phase("resume")
@@ -122,14 +131,14 @@ class _Run:
             "tied": tuple(sorted(key for key in digests if digests[key] != now.get(key))),
             "spoiled": tuple(sorted(replaced)),
             "losses_restored": losses,
-            "ends_restored": loop.digests(),
+            "ends_restored": digests_of(loop.leaves()),
         }
 
     def load(self, checkpoint_id: str) -> TrainingView:
         """Builds another instance, loads what was saved, and trains on."""
         case = self._case
         self._enter_phase("build")
-        loop = Loop(case, self._step.layout, self._device, instance=1)
+        loop = self._loop(1)
         self._enter_phase("train")
         loop.train(100, self._step.num_warm)
         loop.clear()
@@ -148,72 +157,10 @@ class _Run:
             app.set(holder)
         self._enter_phase("observe")
         loop.put_back(holder)
-        held = loop.state()
+        held = state_of(loop.leaves())
         self._enter_phase("resume")
         losses = loop.train(holder["step"], case.num_after)
-        return TrainingView(held, losses=losses, ends=loop.digests())
-
-
-class App(Stateful):
-    """Model and optimizers of a loop, read and set by the functions under test."""
-
-    def __init__(self, loop: Loop, case: TrainingCase, functions: StateDictFunctions) -> None:
-        self._loop = loop
-        self._case = case
-        self._functions = functions
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.read()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.set(state_dict)
-
-    def read(self) -> dict[str, Any]:
-        """Returns what the case reads, under ``model`` and ``optim``."""
-        functions, loop, options = self._functions, self._loop, self._case.options
-        how: dict[str, Any] = {
-            "options": functions.StateDictOptions(
-                full_state_dict=options.full_state_dict,
-                cpu_offload=options.cpu_offload,
-                ignore_frozen_params=options.ignore_frozen_params,
-                keep_submodule_prefixes=options.keep_submodule_prefixes,
-                flatten_optimizer_state_dict=options.flatten_optimizer_state_dict,
-            )
-        }
-        if options.submodule:
-            how["submodules"] = {dict(loop.bare.named_children())[options.submodule]}
-        match self._case.form:
-            case "model":
-                return {"model": functions.get_model_state_dict(loop.model, **how)}
-            case "optimizer":
-                return {"optim": functions.get_optimizer_state_dict(loop.model, loop.optimizers, **how)}
-            case "apart":
-                read = {"model": functions.get_model_state_dict(loop.model, **how)}
-                if loop.optimizers:
-                    read["optim"] = functions.get_optimizer_state_dict(loop.model, loop.optimizers, **how)
-                return read
-        model, optim = functions.get_state_dict(loop.model, loop.optimizers, **how)
-        return {"model": model, "optim": optim}
-
-    def set(self, state_dict: dict[str, Any]) -> None:
-        """Sets what :meth:`read` has returned, or a load has filled."""
-        functions, loop, options = self._functions, self._loop, self._case.options
-        how = functions.StateDictOptions(
-            full_state_dict=options.full_state_dict,
-            broadcast_from_rank0=options.broadcast_from_rank0,
-            strict=options.strict,
-        )
-        model, optim = state_dict.get("model"), state_dict.get("optim")
-        match self._case.form:
-            case "both" | "stateful":
-                functions.set_state_dict(
-                    loop.model, loop.optimizers, model_state_dict=model, optim_state_dict=optim, options=how
-                )
-            case _:
-                if model is not None:
-                    functions.set_model_state_dict(loop.model, model, options=how)
-                if optim is not None:
-                    functions.set_optimizer_state_dict(loop.model, loop.optimizers, optim, options=how)
+        return TrainingView(held, losses=losses, ends=digests_of(loop.leaves()))
 
 
 def _copied(tree: Any) -> Any:

@@ -13,7 +13,7 @@ from dcpbench import EngineBackend, StorageBackend
 
 __all__ = ["kills_itself", "prints_without_end", "returns_nonsense", "takes_no_argument"]
 
-MANY_BYTES = 1 << 30
+MANY_BYTES = 1 << 28
 """What one save prints."""
 
 

@@ -2,12 +2,16 @@ import gc
 import threading
 
 import pytest
+import torch
 
-from reference.gc_pause import gc_paused
+import reference
+from reference import gc_pause
+from reference.gc_pause import gc_paused, gc_paused_in_main_thread
 
 
 @pytest.fixture(autouse=True)
 def collector():
+    assert not gc_pause._num_pauses, "some thread of an earlier test never ended its pause"
     gc.enable()
     yield
     gc.enable()
@@ -59,3 +63,34 @@ def test_it_decorates():
         return gc.isenabled()
 
     assert [asked(), gc.isenabled(), asked()] == [False, True, False]
+
+
+def test_a_thread_that_may_wait_for_ever_pauses_nothing():
+    seen = []
+
+    def ask():
+        with gc_paused_in_main_thread():
+            seen.append(gc.isenabled())
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    ask()
+    assert seen == [True, False]
+
+
+def test_a_step_that_waits_in_the_background_does_not_stop_the_collector(tmp_path):
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Waiting(reference.FileSystemWriter):
+        def prepare_local_plan(self, plan):
+            begun.set()
+            go_on.wait()
+            return super().prepare_local_plan(plan)
+
+    future = reference.async_save({"w": torch.ones(3)}, storage_writer=Waiting(tmp_path), no_dist=True)
+    begun.wait()
+    is_enabled = gc.isenabled()
+    go_on.set()
+    future.result()
+    assert is_enabled

