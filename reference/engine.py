@@ -6,6 +6,7 @@ Both are generators that yield collective requests (see `collectives`) and never
            --gather--> coordinator: finish (commit) --broadcast--> every rank: the metadata
     load   every rank: plan --gather--> coordinator: global plan --scatter--> every rank: read
            --gather--> coordinator: all well? --broadcast--> every rank
+           (no plan is sent where the global step is known to change none; see `kept_plans`)
 
 The calls to planner and storage, and their order, are torch's, so that torch's and third parties' plug in. What a user
 calls (`state_dict_saver`, `state_dict_loader`) finds the group, makes one of these generators and drives it.
@@ -35,6 +36,7 @@ from .collectives import (
     Scatter,
     attempt,
 )
+from .kept_plans import are_plans_kept
 from .metadata import MetadataError
 from .planner import DefaultLoadPlanner, DefaultSavePlanner
 from .stateful import is_stateful
@@ -235,6 +237,13 @@ def load_protocol(
         return plan
 
     def global_step(plans: list[LoadPlan]) -> list[LoadPlan]:
+        if is_kept:
+            return plans
+        if any(plan is None for plan in plans):
+            raise ValueError(
+                f"Expected the same planner and reader on all ranks but got {type(planner).__qualname__} and "
+                f"{type(storage).__qualname__} on the coordinator, which need all plans, and others elsewhere."
+            )
         prepared: list[LoadPlan] = storage.prepare_global_plan(planner.create_global_plan(plans))
         return prepared
 
@@ -246,7 +255,10 @@ def load_protocol(
         for key in stateful:
             state_dict[key].load_state_dict(plain[key])
 
-    plan = yield from _plan(rank, world_size, attempt(rank, "plan", local_step), global_step, is_coordinator)
+    own: Message = attempt(rank, "plan", local_step)
+    is_kept = isinstance(own, Ok) and are_plans_kept(planner, storage)
+    plan = yield from _plan(rank, world_size, Ok() if is_kept else own, global_step, is_coordinator)
+    plan = own if is_kept and isinstance(plan, Ok) else plan
     has_stateful = yield from conclude(rank, "read", _then(rank, "read", plan, read_step), any, is_coordinator)
     # A planner may replace values, and one that knows what the checkpoint holds may have added some.
     for key, value in plain.items():

@@ -17,6 +17,7 @@ from torch.futures import Future
 from ._extension import ExtensionRegistry, StreamTransformExtension
 from .file_names import is_local, metadata_path
 from .gc_pause import gc_paused
+from .kept_plans import keeps_plans
 from .metadata import MetadataError, load_metadata
 from .read_items import CheckCrc, ItemReader
 from .seals import check_file_seal, check_metadata_seal
@@ -130,6 +131,7 @@ class FileSystemReader(StorageReader):
                 check_file_seal(path)
         return plan
 
+    @keeps_plans
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Return the plans unchanged. Coordinator only."""
         return plans

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from .chunk_parts import PartFinder
 from .gc_pause import gc_paused
 from .indices import new_index
+from .kept_plans import keeps_plans
 from .layout import is_tensor_leaf
 from .leaves import HoldsLeaves, LeafTable, PlanningError
 from .materialize import materialize
@@ -130,6 +131,7 @@ class DefaultLoadPlanner(HoldsLeaves, LoadPlanner):
             )
         return LoadPlan(items)
 
+    @keeps_plans
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         """Return the plans unchanged: reads need no agreement. Coordinator only."""
         return global_plan

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from .gc_pause import gc_paused
+from .indices import new_index
 from .metadata_reading import MetadataError, load_metadata
 
 __all__ = ["MetadataError", "dump_metadata", "load_metadata"]
@@ -99,14 +100,15 @@ class _Shared:
         kind = type(value)
         if kind is str:
             return self.text(value)
-        if kind is tuple:
-            return tuple([self.value(entry) for entry in value])
         if kind is MetadataIndex:
             offset = value.offset
-            return MetadataIndex(self.text(value.fqn), None if offset is None else self.size(offset), value.index)
+            return new_index(self.text(value.fqn), None if offset is None else self.size(offset), value.index)
         if kind is _StorageInfo:
-            descriptors = self.value(value.transform_descriptors)
+            names = value.transform_descriptors
+            descriptors = None if names is None else self.value(names)
             return _StorageInfo(self.text(value.relative_path), value.offset, value.length, descriptors)
+        if kind is tuple:
+            return tuple([self.value(entry) for entry in value])
         if kind is dict:
             return {self.value(key): self.value(entry) for key, entry in value.items()}
         if kind is list:

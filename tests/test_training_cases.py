@@ -204,10 +204,10 @@ def test_odd_but_correct_functions_are_not_flagged(name, strategy, ranks):
         assert verdict.status == "PASS", verdict.reason or verdict.findings[0].text()
 
 
-@pytest.mark.parametrize(("backend", "code"), [("torch", 1), ("reference", 0)])
-def test_a_training_case_becomes_a_script_that_stands_alone(backend, code, tmp_path):
+@pytest.mark.parametrize(("engine", "code"), [("torch", 1), ("reference", 0)])
+def test_a_training_case_becomes_a_script_that_stands_alone(engine, code, tmp_path):
     case = load_case(ROOT / "suites/known_defects/torch/shared-moments.json")
-    text = as_training_script(case, backend)
+    text = as_training_script(case, engine)
     assert "dcpbench" not in text.replace("github.com", "")
     (tmp_path / "script.py").write_text(text)
     done = subprocess.run(
@@ -215,7 +215,7 @@ def test_a_training_case_becomes_a_script_that_stands_alone(backend, code, tmp_p
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT) if backend == "reference" else ""},
+        env={**os.environ, "PYTHONPATH": str(ROOT) if engine == "reference" else ""},
         check=False,
     )
     assert done.returncode == code, done.stdout + done.stderr
