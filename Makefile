@@ -25,7 +25,7 @@ suites: $(READY) ## run the suites on the built-in backends
 	$(BIN)/pytest suites --world-size=$(WORLD_SIZE) --profile=$(PROFILE)
 
 test: $(READY) ## run the project's own tests
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests -n 2 --dist loadfile
 
 lint: $(READY) ## ruff
 	$(BIN)/ruff check .
