@@ -211,7 +211,8 @@ def test_a_quarter_that_comes_back_wrong_is_noticed(one_rank, tmp_path):
 def test_a_plan_that_covers_too_little_is_noticed(monkeypatch):
     arguments = {"side": "reference", "num_chunks": 64, "num_tensors": 1, "destination": "as many boxes"}
     assert planning.plan_load(0, 1, **arguments).num_items == 128
-    monkeypatch.setattr("reference.load_planner.PartFinder.parts", lambda _self, _fqn, _entry, boxes: [[] for _ in boxes])
+    none = lambda _self, _fqn, _entry, boxes: [[] for _ in boxes]  # noqa: E731
+    monkeypatch.setattr("reference.load_planner.PartFinder.parts", none)
     with pytest.raises(DcpbenchError, match="planned reads of 0 elements"):
         planning.plan_load(0, 1, **arguments)
 
