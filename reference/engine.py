@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, cast
 from typing import Protocol as Interface
 
 from torch.distributed.checkpoint.metadata import Metadata
@@ -237,15 +237,15 @@ def load_protocol(
         return plan
 
     def global_step(plans: list[LoadPlan]) -> list[LoadPlan]:
+        prepared: list[LoadPlan] = storage.prepare_global_plan(planner.create_global_plan(plans))
+        return prepared
+
+    def first_global_step(plans: list[LoadPlan | None]) -> list[Any]:
         if is_kept:
             return plans
         if any(plan is None for plan in plans):
-            raise ValueError(
-                f"Expected the same planner and reader on all ranks but got {type(planner).__qualname__} and "
-                f"{type(storage).__qualname__} on the coordinator, which need all plans, and others elsewhere."
-            )
-        prepared: list[LoadPlan] = storage.prepare_global_plan(planner.create_global_plan(plans))
-        return prepared
+            return [_PLANS_WANTED] * len(plans)
+        return global_step(cast(list[LoadPlan], plans))
 
     def read_step(plan: LoadPlan) -> bool:
         storage.read_data(planner.finish_plan(plan), planner).wait()
@@ -257,8 +257,11 @@ def load_protocol(
 
     own: Message = attempt(rank, "plan", local_step)
     is_kept = isinstance(own, Ok) and are_plans_kept(planner, storage)
-    plan = yield from _plan(rank, world_size, Ok() if is_kept else own, global_step, is_coordinator)
-    plan = own if is_kept and isinstance(plan, Ok) else plan
+    plan = yield from _plan(rank, world_size, Ok() if is_kept else own, first_global_step, is_coordinator)
+    if plan == Ok(_PLANS_WANTED):
+        plan = yield from _plan(rank, world_size, own, global_step, is_coordinator)
+    elif is_kept and isinstance(plan, Ok):
+        plan = own
     has_stateful = yield from conclude(rank, "read", _then(rank, "read", plan, read_step), any, is_coordinator)
     # A planner may replace values, and one that knows what the checkpoint holds may have added some.
     for key, value in plain.items():
@@ -269,6 +272,9 @@ def load_protocol(
 
 
 Step = Generator[Request, Any, Any]
+
+_PLANS_WANTED = "plans wanted"
+"""The coordinator's answer to ranks that kept their load plans to themselves, while its planner or reader needs all."""
 
 
 def _plan(

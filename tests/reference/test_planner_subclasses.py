@@ -252,3 +252,22 @@ def test_one_process_that_saves_a_part_alone_is_warned(tmp_path):
     with pytest.warns(UserWarning, match="this process's part of 'w' was saved"):
         reference.save(state, checkpoint_id=tmp_path)
     reference.save(state, checkpoint_id=tmp_path, use_collectives=False)
+
+
+@pytest.mark.parametrize("own", [{0}, {1}, {0, 2}, {0, 1, 2}], ids=str)
+def test_a_coordinator_that_needs_all_load_plans_gets_them(tmp_path, own):
+    seen = []
+
+    class Watching(DefaultLoadPlanner):
+        def create_global_plan(self, global_plan):
+            seen.append([len(plan.items) for plan in global_plan])
+            return super().create_global_plan(global_plan)
+
+    whole = noise((6, 2), torch.float32)
+    saved = [{"w": shard(whole, rank, range(3), [Shard(0)])} for rank in range(3)]
+    check(save_all(saved, tmp_path))
+    blanks = [{"w": shard(torch.zeros_like(whole), rank, range(3), [Shard(0)])} for rank in range(3)]
+    check(load_all(blanks, tmp_path, planners=lambda rank: Watching() if rank in own else DefaultLoadPlanner()))
+    for blank, state in zip(blanks, saved, strict=True):
+        assert raw_bytes(blank["w"].to_local()) == raw_bytes(state["w"].to_local())
+    assert seen == ([[1, 1, 1]] if 0 in own else [])
