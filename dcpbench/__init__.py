@@ -21,6 +21,7 @@ from dcpbench.oracle.verdict import Finding, RuleBrokenError, Verdict
 
 if TYPE_CHECKING:
     from dcpbench.backends.protocol import EngineBackend, PlannerBackend, StorageBackend
+    from dcpbench.profiles import share
     from dcpbench.strategies import cases, training
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "cases",
     "judge",
     "load_case",
+    "share",
     "training",
 ]
 
@@ -43,6 +45,7 @@ _LAZY = {
     "EngineBackend": "dcpbench.backends.protocol",
     "PlannerBackend": "dcpbench.backends.protocol",
     "StorageBackend": "dcpbench.backends.protocol",
+    "share": "dcpbench.profiles",
 }
 
 __version__ = "0.1.0"

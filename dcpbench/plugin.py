@@ -11,33 +11,23 @@ from typing import Any
 import hypothesis
 import pytest
 
-from dcpbench import codec, known_defects
+from dcpbench import codec, known_defects, profiles
 from dcpbench.backends import parts, registry
 from dcpbench.errors import DcpbenchError, UsageError, expected
 from dcpbench.messages import Call
 from dcpbench.oracle.verdict import RuleBrokenError
+from dcpbench.profiles import PROFILES
 from dcpbench.report.certificate import STATUSES, Failure, write_certificate
 from dcpbench.report.progress import Progress
 from dcpbench.strategies import scope
 from dcpbench.suite_session import Settings, SuiteSession
 from dcpbench.suites_folder import SUITES
 
-__all__ = ["PROFILES", "session_of"]
-
-PROFILES = {"quick": 20, "standard": 150, "nightly": 2000}
-"""Cases per test and backend."""
+__all__ = ["session_of"]
 
 MAX_WORLD_SIZE = 128
 _NEEDS_TWO = "needs two backends of the same format: give --backend=torch --backend=reference"
 _SESSION = pytest.StashKey[SuiteSession]()
-_COMMON = {
-    "deadline": None,  # ranks have their own timeout
-    "phases": [
-        phase for phase in hypothesis.Phase if phase is not hypothesis.Phase.explain
-    ],  # it traces, at 3x the time
-    "print_blob": False,  # a failure writes a file that replays
-    "suppress_health_check": [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.filter_too_much],
-}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -77,11 +67,7 @@ def pytest_configure(config: pytest.Config) -> None:
     except UsageError as error:
         raise pytest.UsageError(str(error)) from error
     scope.max_world_size = settings.world_size
-    for name, max_examples in PROFILES.items():
-        options: dict[str, Any] = {**_COMMON, "max_examples": max_examples, "derandomize": name == "quick"}
-        if name == "quick":
-            options["database"] = None
-        hypothesis.settings.register_profile(name, **options)
+    profiles.register()
     hypothesis.settings.load_profile(settings.profile)
     torch_parts = getattr(config, "workerinput", {}).get("dcpbench", {})
     config.stash[_SESSION] = SuiteSession(settings, defects, torch_parts)

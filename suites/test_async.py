@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 
-from dcpbench import cases, judge
+from dcpbench import cases, judge, share
 
 
-@settings(max_examples=max(settings.default.max_examples // 3, 4))
+@share(1 / 3)
 @given(case=cases.async_saves())
 def test_what_follows_the_call_does_not_show(case, pool, backend, check):
     check(judge(case, pool.run(case, backend)))
 
 
-@settings(max_examples=max(settings.default.max_examples // 10, 4))
+@share(1 / 10)
 @given(case=cases.bad_async_saves())
 def test_each_rank_hears_of_a_failure_in_the_background(case, pool, backend, check):
     check(judge(case, pool.run(case, backend)))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 
-from dcpbench import cases, judge
+from dcpbench import cases, judge, share
 
 
-@settings(max_examples=max(settings.default.max_examples // 4, 4))
+@share(1 / 4)
 @given(case=cases.conversions())
 def test_conversion_loses_nothing(case, pool, backend, check):
     check(judge(case, pool.run(case, backend)))

@@ -8,7 +8,7 @@ import pytest
 
 from dcpbench import judge, load_case
 
-HANG_S = 5.0
+HANG_S = 2.0
 """Reproducers are small: what takes longer hangs."""
 
 

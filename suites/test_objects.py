@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 
-from dcpbench import cases, judge
+from dcpbench import cases, judge, share
 
 
-@settings(max_examples=max(settings.default.max_examples // 4, 4))
+@share(1 / 4)
 @given(case=cases.stateful_round_trips())
 def test_stateful_objects_give_and_take_their_state(case, pool, backend, check):
     check(judge(case, pool.run(case, backend)))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from hypothesis import given
 
-from dcpbench import judge, training
+from dcpbench import judge, share, training
 
 
-@training.half()
+@share(1 / 2)
 @given(case=training.optimizers())
 def test_an_optimizer_goes_on_where_it_stopped(case, pool, backend, check):
     check(judge(case, pool.run(case, backend)))

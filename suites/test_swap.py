@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 
-from dcpbench import cases, judge
+from dcpbench import cases, judge, share
 
 
-@settings(max_examples=max(settings.default.max_examples // 5, 4))
+@share(1 / 5)
 @given(case=cases.resharding())
 def test_parts_can_be_swapped(case, pool, swapped, check):
     check(judge(case, pool.run(case, swapped)))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypothesis import settings
 from hypothesis import strategies as st
 
 from dcpbench.models.case import Form, OptimizerSpec, Parallelism, StateOptions, TrainingCase, TrainingStep
@@ -16,17 +15,10 @@ from dcpbench.strategies.contents import one_in
 from dcpbench.strategies.modules import SMALL, model_specs, parallelisms
 from dcpbench.strategies.optimizers import optimizer_specs, plain_optimizers
 
-__all__ = ["half", "models", "optimizers", "options"]
+__all__ = ["models", "optimizers", "options"]
 
 _seeds = st.integers(0, 2**10)
 _RESUME = (TrainingStep("save", 0), TrainingStep("load", 1))
-_LEAST = 20
-
-
-def half() -> settings:
-    """Returns settings for half of the profile's cases, at least 20: one costs as much as several of others."""
-    usual: int = settings().max_examples
-    return settings(max_examples=max(min(_LEAST, usual), usual // 2))
 
 
 @st.composite
