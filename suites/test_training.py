@@ -7,15 +7,20 @@ import pytest
 TRAINING = "dcpbench.models.training"
 
 
+@pytest.fixture(scope="module")
+def saves():
+    """What was saved in this module, by backend: training costs more than all that is done with its checkpoint."""
+    return {}
+
+
 @pytest.fixture
-def saved(pool, backend, tmp_path):
-    """The uninterrupted run: what its state was at the save, and its losses after it."""
-    checkpoint = str(tmp_path / "llama")
-    world_size = pool.settings.world_size
-    runs = pool.call(
-        f"{TRAINING}:train_and_save", world_size, backend=backend, checkpoint=checkpoint, steps_before=2, steps_after=3
-    )
-    return checkpoint, runs
+def saved(pool, backend, saves, tmp_path):
+    """The uninterrupted run: where it was saved, what its state was then, and its losses after it."""
+    if backend not in saves:
+        checkpoint = str(tmp_path / "llama")
+        arguments = {"backend": backend, "checkpoint": checkpoint, "steps_before": 2, "steps_after": 3}
+        saves[backend] = checkpoint, pool.call(f"{TRAINING}:train_and_save", pool.settings.world_size, **arguments)
+    return saves[backend]
 
 
 def test_training_resumes_bit_for_bit_on_as_many_ranks(pool, backend, saved):

@@ -16,8 +16,8 @@ from dcpbench.faults.damage import KINDS, Damage, Target, damaged, damages
 from dcpbench.faults.law import LoadSeen, version_of, what_it_holds
 from dcpbench.faults.score import Outcome, Row, rows_of
 from dcpbench.faults.storage_model import Tree
+from dcpbench.faults.trees import read_tree
 from dcpbench.faults.trials import Loader
-from dcpbench.faults.warm_loads import read_tree
 from dcpbench.oracle.verdict import Finding
 from dcpbench.ranks.pool import RankPool
 

@@ -24,8 +24,8 @@ from dcpbench.faults.operations import Trace
 from dcpbench.faults.storage_model import Tree, history_of
 from dcpbench.faults.strace_log import parse
 from dcpbench.faults.tracer import Strace, tracing_arguments
+from dcpbench.faults.trees import read_tree
 from dcpbench.faults.trials import Loader
-from dcpbench.faults.warm_loads import read_tree
 from dcpbench.messages import Call, Observation, RunStep
 from dcpbench.oracle.verdict import Finding
 from dcpbench.ranks.pool import RankPool

@@ -20,8 +20,8 @@ from dcpbench.faults.crash import SCENARIOS, Scenario, scratch_folder, threads_o
 from dcpbench.faults.law import LoadSeen, version_of, what_it_holds
 from dcpbench.faults.operations import SyncAll, Trace, Unsupported
 from dcpbench.faults.tracer import Strace
+from dcpbench.faults.trees import put_tree, read_tree
 from dcpbench.faults.trials import Loader
-from dcpbench.faults.warm_loads import put_tree, read_tree
 from dcpbench.messages import Observation, RunStep
 from dcpbench.oracle.verdict import Finding
 from dcpbench.ranks.pool import RankPool

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import shutil
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,10 +18,11 @@ from types import FrameType
 
 from dcpbench.case import Case
 from dcpbench.faults.law import LoadSeen
+from dcpbench.faults.trees import put_tree
 from dcpbench.messages import RunStep
 from dcpbench.ranks.execute import run_step
 
-__all__ = ["bounded_load", "identity", "load_trees", "put_tree", "read_tree"]
+__all__ = ["bounded_load", "identity", "load_trees"]
 
 
 class _TookTooLongError(BaseException):
@@ -32,27 +32,6 @@ class _TookTooLongError(BaseException):
 def identity(_rank: int, _world_size: int) -> tuple[int, list[int]]:
     """Returns the process id of this rank, and its threads'."""
     return os.getpid(), [int(entry.name) for entry in Path("/proc/self/task").iterdir()]
-
-
-def put_tree(root: Path, tree: Mapping[str, bytes | None]) -> None:
-    """Makes a folder hold exactly what ``tree`` says."""
-    for entry in root.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-    for path, content in sorted(tree.items()):
-        if content is None:
-            (root / path).mkdir()
-        else:
-            (root / path).write_bytes(content)
-
-
-def read_tree(root: Path) -> dict[str, bytes | None]:
-    """Returns what a folder holds."""
-    return {
-        str(path.relative_to(root)): None if path.is_dir() else path.read_bytes() for path in sorted(root.rglob("*"))
-    }
 
 
 def load_trees(
