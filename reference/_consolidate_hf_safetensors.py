@@ -140,7 +140,10 @@ class _Job:
                 f"Expected the same tensors in fqn_to_index_mapping and in {str(self._input)!r} but got "
                 f"{differing[0]!r} in {where}{more}."
             )
+        missing = [folder for folder in (self._output, *self._output.parents) if not folder.exists()]
         self._output.mkdir(parents=True, exist_ok=True)
+        for folder in missing:
+            sync_folder(folder.parent)
         return next_generation(self._output)
 
     def write(self, generation: int, indices: set[int]) -> _Written:

@@ -145,8 +145,12 @@ class _Cut:
     def _is_covering(self, lows: Integers, highs: Integers) -> bool:
         """Whether boxes need no look at each: they lie in the tensor, each element of which is in one chunk."""
         if self._is_tiling is None:
-            self._is_tiling = tiles(self._index.lows, self._index.highs, self.size)
-        return self._is_tiling and bool((lows >= 0).all() and (highs <= np.array(self.size, np.int64)).all())
+            chunks = self._index.lows, self._index.highs
+            self._is_tiling = self._are_inside(*chunks) and tiles(*chunks, self.size)
+        return self._is_tiling and self._are_inside(lows, highs)
+
+    def _are_inside(self, lows: Integers, highs: Integers) -> bool:
+        return bool((lows >= 0).all() and (highs <= np.array(self.size, np.int64)).all())
 
 
 def _fault(parts: list[ChunkPart], sizes: torch.Size) -> TilingFault | None:

@@ -134,7 +134,7 @@ def is_addressable(target: torch.Tensor, dtype: torch.dtype) -> bool:
 def copy(target: torch.Tensor, value: torch.Tensor) -> None:
     """Copy `value` into `target`, of the same shape, whatever the two are."""
     with torch.no_grad():
-        if target.dtype == value.dtype and target.itemsize == 1:
+        if target.dtype == value.dtype and target.itemsize == 1 and not target.is_quantized:
             # the same bytes; torch cannot transpose every dtype of one byte
             target, value = target.view(torch.uint8), value.view(torch.uint8)
         target.copy_(value)

@@ -314,7 +314,9 @@ def verify_zip(raw: bytes | bytearray | memoryview, what: str, *, check_crc: boo
             if not check_crc or not any(record.CRC for record in archive.infolist()):
                 return  # written with torch.serialization.set_crc32_options(False)
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, struct.error, EOFError, NotImplementedError) as error:
+    except CorruptItemError:
+        raise
+    except (zipfile.BadZipFile, struct.error, EOFError, RuntimeError, ValueError) as error:
         raise CorruptItemError(f"Expected an intact item but got {what} unreadable: {error}.") from error
     if damaged is not None:
         raise CorruptItemError(f"Expected an intact item but got {what} with a wrong CRC in record {damaged!r}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,15 @@ class PlanningError(ValueError, RuntimeError):
     """
 
 
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What this rank holds of one tensor."""
+
+    value: torch.Tensor
+    boxes: list[LocalBox]
+    by_offset: dict[torch.Size, LocalBox]
+
+
 class LeafTable:
     """The leaves of `state_dict`, and the local boxes of those that are tensors (worked out once).
 
@@ -37,9 +47,8 @@ class LeafTable:
         is_whole: Callable[[str], bool] | None = None,
     ) -> None:
         self._flat = flatten(state_dict, is_whole=is_whole) if is_nested else _unnested(dict(state_dict), state_dict)
-        self._boxes: dict[str, list[LocalBox]] = {}
-        self._by_offset: dict[str, dict[torch.Size, LocalBox]] = {}
-        self._values: dict[str, Any] = {}  # A subclass of a planner may replace one.
+        # One entry holds all that belongs together, since writer threads look things up at the same time.
+        self._held: dict[str, _Held] = {}
 
     @classmethod
     def of_leaves(cls, leaves: dict[str, Any]) -> LeafTable:
@@ -64,12 +73,14 @@ class LeafTable:
 
     def boxes(self, fqn: str, value: torch.Tensor) -> list[LocalBox]:
         """Return what this rank holds of the tensor `value`."""
-        found = self._boxes.get(fqn)
-        if found is None or self._values[fqn] is not value:
-            found = self._boxes[fqn] = local_boxes(fqn, value)
-            self._by_offset[fqn] = {box.offsets: box for box in found}
-            self._values[fqn] = value
-        return found
+        return self._hold(fqn, value).boxes
+
+    def _hold(self, fqn: str, value: torch.Tensor) -> _Held:
+        held = self._held.get(fqn)
+        if held is None or held.value is not value:  # a subclass of a planner may replace one
+            boxes = local_boxes(fqn, value)
+            held = self._held[fqn] = _Held(value, boxes, {box.offsets: box for box in boxes})
+        return held
 
     def lookup(self, leaves: Mapping[str, Any], fqn: str, offset: torch.Size | None) -> Any:
         """Return the object at `fqn`, or the view of the local tensor that is its box at `offset`.
@@ -86,14 +97,14 @@ class LeafTable:
             return value
         if is_checkpointable(value):
             return tensor_shard(value, MetadataIndex(fqn, offset))
-        boxes = self.boxes(fqn, value)
-        if offset is None and len(boxes) == 1:
-            return boxes[0].data
-        box = self._by_offset[fqn].get(offset) if offset is not None else None
+        held = self._hold(fqn, value)
+        if offset is None and len(held.boxes) == 1:
+            return held.boxes[0].data
+        box = held.by_offset.get(offset) if offset is not None else None
         if box is None:
             raise PlanningError(
                 f"Expected the offset of a box that this rank holds of {fqn!r} but got offset={offset!r}. "
-                f"Held: {[tuple(b.offsets) for b in boxes]}."
+                f"Held: {[tuple(b.offsets) for b in held.boxes]}."
             )
         return box.data
 

@@ -139,7 +139,7 @@ class DefaultLoadPlanner(HoldsLeaves, LoadPlanner):
     def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
         """Accept the plan, and put materialised tensors where the meta tensors were. All ranks."""
         for fqn, tensor in self._materialized.items():
-            self._table().slot(fqn).put(tensor)
+            self._set_up_leaves().slot(fqn).put(tensor)
         return new_plan
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
@@ -173,21 +173,25 @@ class DefaultLoadPlanner(HoldsLeaves, LoadPlanner):
             tensor = tensor.narrow(dim, offset, length)
         return tensor
 
+    def _set_up_leaves(self) -> LeafTable:
+        """Return the leaves in the caller's own containers, whatever a subclass has put in their place since."""
+        assert self._set_up_table is not None
+        return self._set_up_table
+
     def _mismatch(self, fqn: str, value: Any, entry: TensorStorageMetadata | BytesStorageMetadata) -> str | None:
         is_tensor = is_tensor_leaf(value)
         if isinstance(entry, BytesStorageMetadata):
             if is_tensor:
                 return f"{fqn!r} is a tensor here and an object in the checkpoint"
-            slot = self._table().slot(fqn)
-            if not slot.is_writable:
+            if not (slot := self._table().slot(fqn)).is_writable:
                 return f"{fqn!r} is in a {_kind(slot.container)}, which cannot take the loaded object"
             return None
         if not is_tensor:
             return f"{fqn!r} is a {_kind(value)} here and a tensor in the checkpoint"
         if tuple(value.size()) != tuple(entry.size):
             return f"{fqn!r} has shape {tuple(value.size())} here and {tuple(entry.size)} in the checkpoint"
-        if fqn in self._materialized and not self._table().slot(fqn).is_writable:
-            return f"{fqn!r} is a meta tensor in a {_kind(self._table().slot(fqn).container)}, which cannot be changed"
+        if fqn in self._materialized and not (slot := self._set_up_leaves().slot(fqn)).is_writable:
+            return f"{fqn!r} is a meta tensor in a {_kind(slot.container)}, which cannot be changed"
         return None
 
     def _tensor_reads(self, fqn: str, value: Any, entry: TensorStorageMetadata) -> list[ReadItem]:

@@ -107,12 +107,10 @@ class _Shared:
             names = value.transform_descriptors
             descriptors = None if names is None else self.value(names)
             return _StorageInfo(self.text(value.relative_path), value.offset, value.length, descriptors)
-        if kind is tuple:
-            return tuple([self.value(entry) for entry in value])
-        if kind is dict:
-            return {self.value(key): self.value(entry) for key, entry in value.items()}
-        if kind is list:
-            return [self.value(entry) for entry in value]
+        if kind in (dict, OrderedDict):
+            return kind((self.value(key), self.value(entry)) for key, entry in value.items())
+        if kind in (tuple, list, set, frozenset):
+            return kind(self.value(entry) for entry in value)
         if kind is torch.Size:
             return self.size(value)
         if kind is TensorStorageMetadata:
@@ -123,7 +121,7 @@ class _Shared:
             # A path pickles under a name that differs between Python versions; its text does not.
             where = value.checkpoint_id
             return StorageMeta(None if where is None else str(where), value.save_id, value.load_id, list(value.modules))
-        if kind in (OrderedDict, set, frozenset) or kind in self._storable:
+        if kind in self._storable:
             return value
         raise MetadataError(
             f"Expected plain data in the metadata but got a {kind.__module__}.{kind.__qualname__}, which "

@@ -223,10 +223,13 @@ def _has_dtype_of_its_own(
     key: Any, value: Any, parameter: torch.Tensor, own: dict[Any, Any], initial: Callable[[], dict[Any, Any]]
 ) -> bool:
     """Whether `value` keeps its dtype, such as float32 for a running product beside parameters in bfloat16."""
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype == parameter.dtype:
+    source = value.source if isinstance(value, Pending) else value
+    if not isinstance(source, torch.Tensor | Announced):
+        return False
+    if not source.dtype.is_floating_point or source.dtype == parameter.dtype:
         return False
     like = own[key] if key in own else initial().get(parameter, {}).get(key)
-    return key != "step" and isinstance(like, torch.Tensor) and like.dtype == value.dtype
+    return key != "step" and isinstance(like, torch.Tensor) and like.dtype == source.dtype
 
 
 def _settings(group: dict[str, Any], names: ModelNames, saved: SavedOptimizer, strict: bool) -> dict[str, Any]:

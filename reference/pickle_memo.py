@@ -71,8 +71,11 @@ def _past_lines(raw: bytes, at: int, code: int) -> int:
     if newline < 0:
         return len(raw)
     if code == _PUT:
-        digits = raw[at : min(newline, at + _MAX_DIGITS)].strip()
-        _check_index(int(digits) if digits.isdigit() else 0, len(raw))
+        digits = raw[at:newline]
+        # The unpickler also takes a sign, underscores, leading zeros, what stands before a NUL; no pickler writes any.
+        if not digits.isdigit() or len(digits) > _MAX_DIGITS:
+            raise ValueError(f"Expected a memo index in plain digits but got {digits[:_MAX_DIGITS]!r}")
+        _check_index(int(digits), len(raw))
     return _past_lines(raw, newline + 1, 0) if code in _TWO_LINES else newline + 1
 
 

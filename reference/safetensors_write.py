@@ -110,6 +110,8 @@ def _blocks(tensor: torch.Tensor) -> Iterator[memoryview]:
     if tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
         yield memory_of(tensor)
         return
+    if tensor.itemsize == 1:
+        tensor = tensor.view(torch.uint8)  # the same bytes; torch cannot transpose every dtype of one byte
     for offsets, sizes in slabs(tensor.size(), _STAGED_BYTES // tensor.itemsize):
         yield memory_of(narrowed(tensor, offsets, sizes).cpu().resolve_conj().resolve_neg().contiguous())
 

@@ -92,7 +92,7 @@ class EmptyStateDictLoadPlanner(DefaultLoadPlanner):
     """
 
     def __init__(self, keys: Iterable[str] | None = None, *args: Any, **kwargs: Any) -> None:
-        self.keys = keys
+        self.keys = None if keys is None else set(keys)
         super().__init__(*args, **kwargs)
 
     def set_up_planner(

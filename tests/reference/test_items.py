@@ -1,3 +1,4 @@
+import contextlib
 import io
 import zipfile
 import zlib
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from virtual_ranks import noise, raw_bytes
 
+from reference.item_parts import copy
 from reference.items import CorruptItemError, frame_of, load_tensor, memory_of, serialize_object, verify_zip
 
 NAMES = [
@@ -108,6 +110,29 @@ def test_a_changed_byte_is_found():
     verify_zip(b"not a zip", "item")
     with pytest.raises(CorruptItemError, match="item unreadable"):
         verify_zip(b"PK\x03\x04 torn", "item")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
+def test_any_changed_bit_is_found_or_harmless():
+    value = {"step": [1, 2, "y"]}
+    intact = serialize_object(value).getvalue()
+    for at in range(len(intact)):
+        raw = bytearray(intact)
+        raw[at] ^= 1 << at % 8
+        try:
+            verify_zip(raw, "item")
+        except CorruptItemError:
+            continue
+        with contextlib.suppress(RuntimeError):  # what torch refuses
+            assert raw[:4] != intact[:4] or torch.load(io.BytesIO(raw), weights_only=True) == value
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_quantized_tensors_are_copied_as_what_they_are():
+    value = torch.quantize_per_tensor(torch.arange(4.0), 0.5, 0, torch.qint8)
+    target = torch.quantize_per_tensor(torch.zeros(4), 0.5, 0, torch.qint8)
+    copy(target, value)
+    assert torch.equal(target.int_repr(), value.int_repr())
 
 
 def test_what_is_no_tensor_is_refused():

@@ -2,6 +2,7 @@ import os
 import pickle
 import pickletools
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -185,13 +186,19 @@ class OwnData:
     def __hash__(self):
         return 0
 
+    def __repr__(self):
+        return "OwnData()"
 
-def test_what_could_not_be_loaded_is_refused_on_saving_unless_trusted():
-    metadata = Metadata({}, planner_data=OwnData())
+
+@pytest.mark.parametrize(
+    "data", [OwnData(), [OwnData()], OrderedDict(a=(OwnData(),)), {OwnData()}, frozenset([OwnData()])], ids=repr
+)
+def test_what_could_not_be_loaded_is_refused_on_saving_unless_trusted(data):
+    metadata = Metadata({}, planner_data=data)
     with pytest.raises(MetadataError, match="OwnData"):
         dump_metadata(metadata)
     raw = dump_metadata(metadata, trusted_classes=[OwnData])
-    assert load_metadata(raw, trusted_classes=[OwnData]).planner_data == OwnData()
+    assert load_metadata(raw, trusted_classes=[OwnData]).planner_data == data
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,14 @@ def test_a_large_index_is_found_wherever_it_stands(value, protocol, index):
             check_memo(honest[:at] + b"p%d\n." % index)
 
 
+@pytest.mark.parametrize(
+    "index", ["+200000000", "200_000_000", " 200000000", "0" * 30 + "200000000", "200000000\0", ""]
+)
+def test_an_index_that_no_pickler_writes_is_refused(index):
+    with pytest.raises(ValueError, match="memo index in plain digits"):
+        check_memo(b"(lp" + index.encode() + b"\n.")
+
+
 @given(raw=st.binary(max_size=200))
 def test_anything_else_is_left_to_the_unpickler(raw):
     with contextlib.suppress(ValueError):

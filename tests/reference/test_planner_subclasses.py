@@ -271,3 +271,23 @@ def test_a_coordinator_that_needs_all_load_plans_gets_them(tmp_path, own):
     for blank, state in zip(blanks, saved, strict=True):
         assert raw_bytes(blank["w"].to_local()) == raw_bytes(state["w"].to_local())
     assert seen == ([[1, 1, 1]] if 0 in own else [])
+
+
+def test_meta_tensors_get_memory_in_the_callers_dict_whatever_a_subclass_puts_in_its_place(tmp_path):
+    class OwnDict(DefaultLoadPlanner):
+        def set_up_planner(self, state_dict, metadata=None, is_coordinator=False):
+            super().set_up_planner(state_dict, metadata, is_coordinator)
+            self.state_dict = dict(self.state_dict)
+
+    reference.save({"nested": {"w": torch.arange(4.0)}}, checkpoint_id=tmp_path, no_dist=True)
+    loaded = {"nested": {"w": torch.empty(4, device="meta")}}
+    reference.load(loaded, checkpoint_id=tmp_path, planner=OwnDict(), no_dist=True)
+    assert loaded["nested"]["w"].tolist() == [0, 1, 2, 3]
+
+
+def test_names_to_load_may_come_from_an_iterator(tmp_path):
+    reference.save({name: torch.ones(2) for name in "abc"}, checkpoint_id=tmp_path, no_dist=True)
+    loaded = {}
+    planner = _EmptyStateDictLoadPlanner(keys=iter(["b", "a"]))
+    _load_state_dict(loaded, reference.FileSystemReader(tmp_path), planner=planner, no_dist=True)
+    assert set(loaded) == {"a", "b"}

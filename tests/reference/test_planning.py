@@ -345,6 +345,17 @@ def test_a_checkpoint_with_gaps_or_overlaps_is_refused_before_any_change(tmp_pat
     assert state["w"].tolist() == [0.0] * 4
 
 
+def test_a_chunk_out_of_bounds_among_many_does_not_count_for_another(tmp_path):
+    # Row by row, the place past the end of row 4 is the one where row 5 begins.
+    rows = [((row, 0), (1, 2)) for row in range(70)]
+    reference.save({"w": torch.ones(70, 2)}, checkpoint_id=tmp_path)
+    with_chunks(tmp_path, [*rows[:5], ((4, 3), (1, 2)), *rows[6:]])
+    state = {"w": torch.zeros(70, 2)}
+    with pytest.raises(CheckpointException, match=r"'w'"):
+        reference.load(state, checkpoint_id=tmp_path)
+    assert not state["w"].any()
+
+
 def test_a_gap_elsewhere_does_not_matter(tmp_path):
     # One rank saves its own shard alone, and loads it again.
     whole = torch.arange(4.0)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as theirs
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from reference.state_dict import StateDictOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.*")
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+BROADCAST = {"full_state_dict": True, "broadcast_from_rank0": True}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -232,6 +234,55 @@ def test_state_of_any_kind(options):
     assert fresh_optimizer.state[fresh.weight]["name"] == "abc"
     assert fresh_optimizer.state["total"] == 1
     assert list(fresh_optimizer.state[fresh.weight]["blocks"]) == [0, 1]
+
+
+class RunningSums(torch.optim.Optimizer):
+    """Keeps its state in float32, whatever the parameters are in."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    state.setdefault("sum", torch.zeros_like(parameter, dtype=torch.float32))
+                    state["sum"] += parameter.grad.float() + 2**-20
+                    parameter.sub_(group["lr"] * state["sum"].to(parameter.dtype))
+
+
+@pytest.fixture
+def alone_in_a_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{}, {"full_state_dict": True}, BROADCAST], ids=str)
+def test_state_of_another_dtype_than_its_parameter_stays_as_it_is(alone_in_a_group, options):
+    def build():
+        model = nn.Linear(4, 4).bfloat16()
+        optimizer = RunningSums(model.parameters())
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        return model, optimizer
+
+    model, optimizer = build()
+    saved, saved_optimizer = ours.get_state_dict(model, optimizer)
+    other, others_optimizer = build()
+    ours.set_state_dict(
+        other,
+        others_optimizer,
+        model_state_dict=saved,
+        optim_state_dict=saved_optimizer,
+        options=StateDictOptions(**options),
+    )
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(others_optimizer.state[two]["sum"], optimizer.state[one]["sum"])
+        assert others_optimizer.state[two]["sum"].dtype == torch.float32
 
 
 def test_names_do_not_tell_of_wrappers():
