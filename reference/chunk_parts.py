@@ -63,9 +63,9 @@ class PartFinder:
 
         Raises:
             MetadataError: some element of a box is in no chunk, or in several: a checkpoint may be incomplete
-                elsewhere, but not where it is needed.
+                elsewhere, but not where it is needed. Or a chunk has other dims than its tensor.
         """
-        found = self._cut(entry).found(boxes)
+        found = self._cut(fqn, entry).found(boxes)
         if found.fault is not None:
             number, fault = found.fault
             at = tuple(map(add, boxes[number].offsets, fault.index))
@@ -76,7 +76,7 @@ class PartFinder:
             )
         return found.parts
 
-    def _cut(self, entry: TensorStorageMetadata) -> _Cut:
+    def _cut(self, fqn: str, entry: TensorStorageMetadata) -> _Cut:
         chunks = entry.chunks
         if not chunks:
             return _Cut(entry)
@@ -84,6 +84,13 @@ class PartFinder:
         cut = self._cuts.get(key)
         # A comparison of lists is quick where the elements are the same objects, as the first and the last one are.
         if cut is None or (cut.chunks is not chunks and cut.chunks != chunks) or cut.size != entry.size:
+            num_dims = len(entry.size)
+            odd = next((c for c in chunks if not len(c.offsets) == len(c.sizes) == num_dims), None)
+            if odd is not None:
+                raise MetadataError(
+                    f"Expected chunks of {num_dims} dims for {fqn!r} but got offsets={tuple(odd.offsets)} "
+                    f"sizes={tuple(odd.sizes)}. The checkpoint contradicts itself."
+                )
             cut = self._cuts[key] = _Cut(entry)
         return cut
 

@@ -334,6 +334,7 @@ def with_chunks(path, chunks):
         ([((0,), (3,)), ((2,), (2,))], r"got 2 for the element at \(2,\), at offsets \[\(0,\), \(2,\)\]"),
         # As many elements as the tensor has, and yet not those.
         ([((0,), (2,)), ((1,), (2,))], r"got 2 for the element at \(1,\)"),
+        ([((), ())], r"chunks of 1 dims for 'w' but got offsets=\(\) sizes=\(\)"),
     ],
 )
 def test_a_checkpoint_with_gaps_or_overlaps_is_refused_before_any_change(tmp_path, chunks, message):
