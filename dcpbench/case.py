@@ -6,6 +6,7 @@ It holds no tensor and names no backend, so that the same case runs on any backe
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -129,19 +130,23 @@ class Case:
 
         Copies, renamings and conversions are followed back; a save that all ranks must refuse leaves nothing.
         """
+        return self._sources[number]
+
+    @functools.cached_property
+    def _sources(self) -> tuple[int | None, ...]:
         held: dict[str, int] = {}
-        for earlier, step in enumerate(self.steps[:number]):
+        sources: list[int | None] = []
+        for number, step in enumerate(self.steps):
+            sources.append(held.get(step.checkpoint))
             if step.saves and step.misuse == "none":
-                held[step.checkpoint] = earlier
-            elif step.saves:
+                held[step.checkpoint] = number
+            elif step.saves or step.action == "delete":
                 held.pop(step.checkpoint, None)
-            elif step.action in ("copy", "convert"):
+            elif step.action in ("copy", "convert", "rename") and sources[number] is not None:
                 held[step.target] = held[step.checkpoint]
-            elif step.action == "rename":
-                held[step.target] = held.pop(step.checkpoint)
-            elif step.action == "delete":
-                held.pop(step.checkpoint, None)
-        return held.get(self.steps[number].checkpoint)
+                if step.action == "rename":
+                    del held[step.checkpoint]
+        return tuple(sources)
 
     def version_at(self, step: int) -> int | None:
         """Returns the content version that a load at ``step`` must bring back, or None if nothing was saved there."""

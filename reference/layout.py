@@ -6,6 +6,7 @@ loading (each is a region to fill). All arithmetic is on integers.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -142,7 +143,8 @@ def local_boxes(fqn: str, value: torch.Tensor) -> list[LocalBox]:
     return [LocalBox(torch.Size([0] * len(size)), size, _settled(value).detach())]
 
 
-def local_runs(dim_size: int, splits: Sequence[tuple[int, int, int | None]]) -> list[Run]:
+@functools.lru_cache(maxsize=4096)  # the tensors of a model have few shapes
+def local_runs(dim_size: int, splits: tuple[tuple[int, int, int | None], ...]) -> tuple[Run, ...]:
     """Return the runs of one tensor dim that a rank holds, in local order.
 
     Args:
@@ -157,7 +159,7 @@ def local_runs(dim_size: int, splits: Sequence[tuple[int, int, int | None]]) -> 
         else:
             pieces = [_nth_piece(runs, split_factor, i) for i in range(split_factor)]
             runs = [run for piece in pieces for run in _nth_piece(piece, num_shards, position)]
-    return _merge([run for run in runs if run[1]])
+    return tuple(_merge([run for run in runs if run[1]]))
 
 
 def _nth_piece(runs: list[Run], num_pieces: int, position: int) -> list[Run]:
@@ -207,7 +209,7 @@ def _dtensor_boxes(fqn: str, value: DTensor) -> list[LocalBox]:
                 f"Expected Shard, Replicate or _StridedShard placements but got {fqn!r} "
                 f"placements={value.placements!r}. Redistribute the tensor to one of these."
             )
-    runs = [local_runs(dim_size, dim_splits) for dim_size, dim_splits in zip(size, splits, strict=True)]
+    runs = [local_runs(dim_size, tuple(dim_splits)) for dim_size, dim_splits in zip(size, splits, strict=True)]
     if math.prod(size) == 0:
         return [LocalBox(torch.Size([0] * len(size)), size, local.detach().new_empty(size))]
     expected = torch.Size(sum(length for _, length in dim_runs) for dim_runs in runs)
@@ -227,7 +229,10 @@ def _axes_in_order(value: DTensor) -> list[int]:
     return ordered + [axis for axis in range(value.device_mesh.ndim) if axis not in ordered]
 
 
-def _boxes_of_runs(runs: list[list[Run]], local: torch.Tensor) -> list[LocalBox]:
+def _boxes_of_runs(runs: list[tuple[Run, ...]], local: torch.Tensor) -> list[LocalBox]:
+    if all(len(dim_runs) == 1 for dim_runs in runs):
+        offsets = torch.Size([dim_runs[0][0] for dim_runs in runs])
+        return [LocalBox(offsets, torch.Size(local.size()), local.detach())]
     positions = [list(itertools.accumulate((length for _, length in dim_runs), initial=0)) for dim_runs in runs]
     boxes = []
     local = local.detach()
@@ -242,8 +247,8 @@ def _boxes_of_runs(runs: list[list[Run]], local: torch.Tensor) -> list[LocalBox]
 
 
 def _local_tensor(value: DTensor) -> torch.Tensor:
-    with torch.no_grad():
-        return _settled(value.to_local())
+    # What to_local() returns under no_grad(); asked for several times for each leaf of a plan.
+    return _settled(value._local_tensor)
 
 
 def _settled(value: torch.Tensor) -> torch.Tensor:

@@ -50,10 +50,10 @@ def test_boxes_say_which_elements_the_rank_holds(layout):
 
 
 def test_runs_of_a_strided_shard_are_separate():
-    assert local_runs(9, [(4, 0, 2)]) == [(0, 2), (5, 1)]
-    assert local_runs(8, [(2, 0, 2), (2, 1, None)]) == [(4, 2)]
-    assert local_runs(3, [(4, 3, None)]) == []
-    assert local_runs(8, []) == [(0, 8)]
+    assert local_runs(9, ((4, 0, 2),)) == ((0, 2), (5, 1))
+    assert local_runs(8, ((2, 0, 2), (2, 1, None))) == ((4, 2),)
+    assert local_runs(3, ((4, 3, None),)) == ()
+    assert local_runs(8, ()) == ((0, 8),)
 
 
 def test_a_box_is_a_view_of_the_local_tensor():
