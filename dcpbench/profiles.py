@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, Phase, settings
 
 __all__ = ["PROFILES", "register", "share"]
 
-PROFILES = {"quick": 12, "standard": 150, "nightly": 2000}
+PROFILES = {"quick": 20, "standard": 120, "nightly": 2000}
 """Cases per test and backend; `share` gives a test fewer."""
 
 _LEAST = 3

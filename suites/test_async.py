@@ -7,7 +7,7 @@ from hypothesis import given
 from dcpbench import cases, judge, share
 
 
-@share(1 / 3)
+@share(1 / 5)
 @given(case=cases.async_saves())
 def test_what_follows_the_call_does_not_show(case, pool, backend, check):
     check(judge(case, pool.run(case, backend)))

@@ -7,7 +7,7 @@ from hypothesis import given
 from dcpbench import cases, judge, share
 
 
-@share(1 / 4)
+@share(1 / 6)
 @given(case=cases.stateful_round_trips())
 def test_stateful_objects_give_and_take_their_state(case, pool, backend, check):
     check(judge(case, pool.run(case, backend)))

@@ -7,7 +7,7 @@ from hypothesis import given
 from dcpbench import judge, share, training
 
 
-@share(1 / 2)
+@share(1 / 3)
 @given(case=training.optimizers())
 def test_an_optimizer_goes_on_where_it_stopped(case, pool, backend, check):
     check(judge(case, pool.run(case, backend)))

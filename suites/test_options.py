@@ -7,19 +7,19 @@ from hypothesis import given
 from dcpbench import cases, judge, share
 
 
-@share(1 / 3)
+@share(1 / 5)
 @given(case=cases.switched())
 def test_options_change_no_byte(case, pool, backend, check):
     check(judge(case, pool.run(case, backend)))
 
 
-@share(1 / 4)
+@share(1 / 6)
 @given(case=cases.lenient_loads())
 def test_a_partial_load_leaves_what_is_missing(case, pool, backend, check):
     check(judge(case, pool.run(case, backend)))
 
 
-@share(1 / 3)
+@share(1 / 5)
 @given(case=cases.changing_states())
 def test_a_changed_state_is_saved_as_it_is(case, pool, backend, check):
     check(judge(case, pool.run(case, backend)))
