@@ -60,7 +60,7 @@ def test_the_rounds_are_what_the_profile_runs(tests):
     assert len(set(parts)) == len(parts)
 
 
-def test_a_fault_test_has_its_small_share_first_and_its_whole_share_last(tests):
+def test_a_fault_test_has_its_small_share_first_and_its_whole_share_next(tests):
     crash = [test for test in tests if test.kind == "faults"]
     assert {part.profile for _, part in rounds(crash, "quick", SEED)} == {"quick"}
     profiles = [part.profile for _, part in rounds(crash, "standard", SEED)]

@@ -177,7 +177,7 @@ def _parameters(function: Callable[..., None]) -> set[str]:
 def rounds(tests: Sequence[SuiteTest], profile: str, seed: int) -> Iterator[tuple[SuiteTest, Slice]]:
     """Yields the slices of all tests, round by round; together they are what ``profile`` runs.
 
-    A test of faults has the quick profile's share in the first round, and that of ``profile`` in the last one.
+    A test of faults has the quick profile's share in the first round, and that of ``profile`` in the second one.
     """
     for number, share in enumerate(ROUNDS):
         before = ROUNDS[number - 1] if number else 0.0
@@ -191,5 +191,5 @@ def rounds(tests: Sequence[SuiteTest], profile: str, seed: int) -> Iterator[tupl
                     yield test, Slice(count, profile, drawn)
             elif number == 0:
                 yield test, Slice(0, "quick", drawn)
-            elif share == 1.0 and profile != "quick" and "regression" not in test.arguments:
+            elif number == 1 and profile != "quick" and "regression" not in test.arguments:
                 yield test, Slice(0, profile, drawn)
