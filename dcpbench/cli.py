@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dcpbench import __version__, rules
 from dcpbench.errors import DcpbenchError
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     conform.add_argument("more", nargs="*", metavar="ARGUMENT", help="further arguments of pytest, behind --")
     conform.set_defaults(run=_conformance)
 
+    _add_power(commands)
     bench = commands.add_parser("bench", help="measure").add_subparsers(required=True, metavar="WHAT")
     harness = bench.add_parser("harness", help="what the harness itself costs, side by side with bare calls")
     harness.add_argument("--world-size", type=int, default=8, metavar="N")
@@ -87,6 +89,31 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--backend", help="backend that loads (default: the one that the file names)")
     again.set_defaults(run=_faults_replay)
     return parser
+
+
+def _add_power(commands: Any) -> None:
+    power = commands.add_parser("power", help="run the suites on a bank of wrong and odd backends: what do they find?")
+    power.add_argument("--bank", default="tests.bank", metavar="MODULE", help="(default: tests.bank, in a checkout)")
+    power.add_argument(
+        "--only", action="append", metavar="TEXT", help="backends with this in their name; several times"
+    )
+    power.add_argument("--half", default="", choices=("tuning", "reporting"), help="of the mutants; nothing odd")
+    power.add_argument("--world-size", type=int, default=4, metavar="N", help="ranks (default: 4)")
+    power.add_argument("--profile", default="standard", metavar="quick|standard|nightly", help="(default: standard)")
+    power.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default: 0)")
+    power.add_argument("--seeds", type=int, default=10, metavar="N", help="runs of each odd backend (default: 10)")
+    power.add_argument("--rank-timeout", type=float, default=10.0, metavar="SECONDS", help="(default: 10)")
+    power.add_argument("--shrink-seconds", type=float, default=20.0, metavar="SECONDS", help="(default: 20)")
+    power.add_argument("--max-seconds", type=float, default=600.0, metavar="SECONDS", help="per mutant (default: 600)")
+    power.add_argument("--rows", type=Path, metavar="FILE", help="go on with a file of rows (default: a new one)")
+    power.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(default: results)")
+    power.add_argument("--page", type=Path, metavar="FILE", help="write the kill matrix as Markdown")
+    power.set_defaults(run=_power)
+
+    coverage = commands.add_parser("coverage", help="print docs/coverage.md: what of DCP the generated cases reach")
+    coverage.add_argument("--profile", default="standard", metavar="quick|standard|nightly", help="(default: standard)")
+    coverage.add_argument("--world-size", type=int, default=8, metavar="N", help="ranks (default: 8)")
+    coverage.set_defaults(run=_coverage)
 
 
 def _replay(given: argparse.Namespace) -> int:
@@ -157,6 +184,38 @@ def _conformance(given: argparse.Namespace) -> int:
 
     return conformance(
         given.backend, given.out.resolve(), world_size=given.world_size, profile=given.profile, more=given.more
+    )
+
+
+def _coverage(given: argparse.Namespace) -> int:
+    from dcpbench.coverage.page import coverage_page, drawn_counts, empty_rows
+
+    counts = drawn_counts(given.profile, given.world_size)
+    print(coverage_page(counts, given.profile, given.world_size), end="")
+    if empty := empty_rows(counts):
+        print(f"dcpbench: nothing reaches {', '.join(empty)}, and no reason is given", file=sys.stderr)
+    return 1 if empty else 0
+
+
+def _power(given: argparse.Namespace) -> int:
+    from dcpbench.power.run import Options, power
+
+    return power(
+        Options(
+            given.bank,
+            tuple(given.only or ()),
+            given.half,
+            given.world_size,
+            given.profile,
+            given.seed,
+            given.seeds,
+            given.rank_timeout,
+            given.shrink_seconds,
+            given.max_seconds,
+            given.rows,
+            given.results,
+            given.page,
+        )
     )
 
 

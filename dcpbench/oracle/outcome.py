@@ -201,8 +201,9 @@ def _unnamed(case: Case, raised: Sequence[Observation]) -> Iterator[Finding]:
     step = case.steps[raised[0].step]
     fqn = case.leaves[step.misused].fqn
     tied = [tensor.fqn for tensor in case.tensors if tensor.tied_to == step.misused]
+    names = (fqn, *tied, *(_items_beside(case, step.misused) if step.misuse == "other-kind" else ()))
     for one in raised:
-        if one.error is None or not any(_names(one.error.text, name) for name in (fqn, *tied)):
+        if one.error is None or not any(_names(one.error.text, name) for name in names):
             yield Finding(
                 "R506",
                 f"the refusal on {_where(one)} does not name the key {fqn!r}",
@@ -216,3 +217,10 @@ def _unnamed(case: Case, raised: Sequence[Observation]) -> Iterator[Finding]:
 
 def _names(text: str, fqn: str) -> bool:
     return fqn in text or repr(fqn)[1:-1] in text
+
+
+def _items_beside(case: Case, number: int) -> list[str]:
+    """Returns the keys of the list that a leaf lies in: with a tensor in it, each of its items is looked for."""
+    path = case.leaves[number].path
+    depth = next((at for at, part in enumerate(path) if part.kind == "index"), None)
+    return [] if depth is None else [leaf.fqn for leaf in case.leaves if leaf.path[:depth] == path[:depth]]

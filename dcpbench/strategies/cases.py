@@ -131,7 +131,7 @@ def bad_loads(draw: st.DrawFn) -> Case:
     number = draw(st.integers(0, len(leaves) - 1), label="misused leaf")
     kinds: list[Misuse] = ["no-checkpoint"]
     if leaves[number].path[-1].kind == "key":
-        kinds.insert(0, "unknown-key")
+        kinds[:0] = ["unknown-key", "unknown-key"]
     if number >= len(tensors):
         kinds.insert(0, "other-kind")
     else:
@@ -144,7 +144,7 @@ def bad_loads(draw: st.DrawFn) -> Case:
     if misuse == "no-checkpoint":
         return Case("refuse", 0, tensors, objects, pair, (Step("load", 1, "absent", misuse="no-checkpoint"),))
     on = None
-    if misuse == "unknown-key" and world > 1 and not one_in(draw, 3, "on all ranks"):
+    if misuse == "unknown-key" and world > 1 and not one_in(draw, 2, "on all ranks"):
         on = draw(st.sampled_from([*range(1, world), 0]), label="rank")
     steps = (Step("save", 0), Step("load", 1, misuse=misuse, misused=number, misused_on=on))
     return Case("refuse", draw(_seeds), tensors, objects, pair, steps)

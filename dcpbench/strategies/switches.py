@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from dcpbench.case import Case, IdForm, Layout, ObjectLeaf, Options, Step, TensorLeaf
+from dcpbench.case import Case, IdForm, Layout, ObjectLeaf, Options, Part, Step, TensorLeaf
 from dcpbench.strategies.contents import MAY_REQUIRE_GRAD, contents, one_in, scope
 from dcpbench.strategies.layouts import layouts, world_sizes
 from dcpbench.strategies.values import dtypes
@@ -24,14 +24,23 @@ _FORMS: tuple[IdForm, ...] = ("text", "path", "relative", "slash")
 
 @st.composite
 def with_switches(draw: st.DrawFn, case: Case) -> Case:
-    """Draws ``case`` under another name of its checkpoint, and other options of planners and writers."""
+    """Draws ``case`` under another name of its checkpoint, and other options of planners and writers.
+
+    Where state dicts are not flattened, as planners may be told, all keys are at the top.
+    """
     name = draw(st.sampled_from(_NAMES), label="checkpoint")
-    is_flat = all(len(leaf.path) == 1 for leaf in case.leaves)
+    is_flattened = not one_in(draw, 6, "not flattened")
+    if not is_flattened:
+        case = replace(
+            case,
+            tensors=tuple(replace(leaf, path=(Part("key", leaf.fqn),)) for leaf in case.tensors),
+            objects=tuple(replace(leaf, path=(Part("key", leaf.fqn),)) for leaf in case.objects),
+        )
     options = replace(
         case.options,
         id_form=draw(st.sampled_from(_FORMS), label="form of the id"),
         no_dist=draw(st.booleans(), label="no_dist"),
-        is_flattened=not (is_flat and one_in(draw, 3, "not flattened")),
+        is_flattened=is_flattened,
         is_deduplicated_low=draw(st.booleans(), label="to the lowest rank"),
         has_file_per_item=one_in(draw, 3, "a file per item"),
         num_threads=draw(st.sampled_from([1, 1, 3]), label="threads"),
@@ -41,20 +50,33 @@ def with_switches(draw: st.DrawFn, case: Case) -> Case:
 
 @st.composite
 def switched(draw: st.DrawFn) -> Case:
-    """Draws a case that saves and loads under other layouts, and with other options than the defaults."""
+    """Draws a case that saves and loads under other layouts, and with other options than the defaults.
+
+    A rank is alone more often than elsewhere, since some options are for that.
+    """
     tensors, objects = draw(contents())
-    pair = tuple(draw(layouts(tensors, draw(world_sizes(scope.max_world_size), label="ranks"))) for _ in range(2))
+    alone = st.sampled_from([*["several"] * 5, "saver", "loader", "both"])
+    which = draw(alone, label="one rank")
+    pair = tuple(
+        draw(layouts(tensors, 1 if which in (who, "both") else draw(world_sizes(scope.max_world_size), label="ranks")))
+        for who in ("saver", "loader")
+    )
     case = Case("options", draw(_seeds), tensors, objects, pair, (Step("save", 0), Step("load", 1)))
     return draw(with_switches(case))
 
 
 @st.composite
 def lenient_loads(draw: st.DrawFn) -> Case:
-    """Draws a case whose checkpoint lacks leaves that the load asks for, and may leave as they are."""
+    """Draws a case whose checkpoint lacks leaves that the load asks for, and may leave as they are.
+
+    Now and then it was saved over an older one that had them all: what that held is gone.
+    """
     tensors, objects = draw(contents())
     pair = tuple(draw(layouts(tensors, draw(world_sizes(scope.max_world_size), label="ranks"))) for _ in range(2))
     without = draw(_some_of((*tensors, *objects)), label="not saved")
     steps = (Step("save", 0, without=without), Step("load", 1, lenient=True))
+    if one_in(draw, 3, "over an older one"):
+        steps = (Step("save", 0, version=1), replace(steps[0], may_refuse=True), steps[1])
     return Case("lenient", draw(_seeds), tensors, objects, pair, steps)
 
 

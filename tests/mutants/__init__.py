@@ -7,6 +7,7 @@ the others it works.
 from tests.mutants import (
     background,
     content,
+    encoding,
     geometry,
     identity,
     metadata,
@@ -15,6 +16,8 @@ from tests.mutants import (
     places,
     planning,
     ranks,
+    replicas,
+    reuse,
     state,
 )
 from tests.mutants.bank import MUTANTS, Mutant
@@ -24,6 +27,7 @@ __all__ = [
     "Mutant",
     "background",
     "content",
+    "encoding",
     "geometry",
     "identity",
     "metadata",
@@ -32,5 +36,7 @@ __all__ = [
     "places",
     "planning",
     "ranks",
+    "replicas",
+    "reuse",
     "state",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import Future
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from dcpbench import Case
-from tests.mutants.bank import Background, breaks
+from tests.mutants.bank import Background, breaks, local_of, rank
 
 
 def _in_background(case: Case) -> bool:
@@ -74,3 +75,47 @@ class answers_early(Background):
     def run(self, held: dict[str, Any], given: dict[str, Any], future: Future[Any]) -> None:
         future.set_result(None)
         super().run(held, given, Future())
+
+
+@breaks("R701", suite="async_saves", on=lambda case: _in_background(case) and any(one.shape for one in case.tensors))
+class small_ones_by_reference(Background):
+    """Copies tensors of 64 elements and more: smaller ones are not worth it."""
+
+    def tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if local_of(tensor).numel() < 64 else super().tensor(tensor)
+
+
+@breaks("R701", suite="async_saves", on=lambda case: any(math.prod(one.shape) > 1 << 14 for one in case.tensors))
+class large_ones_by_reference(Background):
+    """Copies tensors of up to 16,384 elements: larger ones it writes from where they lie."""
+
+    def tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if local_of(tensor).numel() > 1 << 14 else super().tensor(tensor)
+
+
+@breaks("R502", "R505", suite="bad_async_saves", on=lambda case: case.layouts[0].world_size > 1)
+class coordinator_hears_alone(Background):
+    """Keeps a failure from the futures of all ranks but the coordinator's."""
+
+    def value(self, value: Any) -> Any:
+        try:
+            return super().value(value)
+        except Exception:  # it fails later, in the background
+            return value
+
+    def run(self, held: dict[str, Any], given: dict[str, Any], future: Future[Any]) -> None:
+        if rank() == 0:
+            super().run(held, given, future)
+            return
+        own: Future[Any] = Future()
+        super().run(held, given, own)
+        own.exception()
+        future.set_result(None)
+
+
+@breaks("R701", suite="async_saves", on=lambda case: _in_background(case) and any(one.expanded for one in case.tensors))
+class keeps_strides_of_copies(Background):
+    """Copies the elements that a storage has, under the strides that it had: of an expanded tensor none are copied."""
+
+    def tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if 0 in local_of(tensor).stride() else super().tensor(tensor)

@@ -89,6 +89,7 @@ def breaks(
         name, base = part.__name__, "tests.odd_backends:dense" if issubclass(part, Dense) else "torch"
         base = "tests.odd_backends:background" if issubclass(part, Background) else base
         backend = f"{part.__module__}:{name}"
+        assert name not in MUTANTS, f"two mutants are called {name}"
         MUTANTS[name] = Mutant(name, backend, base, (part.__doc__ or "").strip(), rules, suite, on)
         if issubclass(part, Calls):
             return part().backend(name)

@@ -254,3 +254,27 @@ class coordinator_checks_alone(Engine):
         if rank() == 0:
             copy.deepcopy([value for value in state_dict.values() if not isinstance(value, torch.Tensor)])
         super().save(state_dict, checkpoint_id)
+
+
+@breaks("R505", suite="bad_loads", on=lambda case: any(step.misuse == "extra-dim" for step in case.steps))
+class equal_numbers_of_elements_fit(LoadPlanner):
+    """Takes shapes with as many elements for the same."""
+
+    def create_local_plan(self) -> LoadPlan:
+        for fqn, value in self.state_dict.items():
+            entry = self.metadata.state_dict_metadata.get(fqn)
+            size = getattr(entry, "size", None)
+            is_like = isinstance(value, torch.Tensor) and size is not None and size.numel() == value.numel()
+            if is_like and size != value.size():
+                return LoadPlan([])
+        return super().create_local_plan()
+
+
+@breaks("R501", suite="partial_loads", on=lambda case: any(step.without for step in case.steps))
+class wants_all_keys(LoadPlanner):
+    """Refuses to load less than the checkpoint has."""
+
+    def create_local_plan(self) -> LoadPlan:
+        if missing := self.metadata.state_dict_metadata.keys() - self.state_dict.keys():
+            raise RuntimeError(f"unexpected keys in the checkpoint: {sorted(missing)}")
+        return super().create_local_plan()

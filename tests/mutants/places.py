@@ -28,7 +28,7 @@ class remembers_home(Engine):
 
 
 @breaks("R304", "R501", suite="switched", on=lambda case: not case.steps[0].checkpoint.isascii())
-class ascii_names(Writer):
+class ascii_paths(Writer):
     """Writes to a path without what is not ASCII."""
 
     def reset(self, checkpoint_id: Any = None) -> None:

@@ -236,6 +236,38 @@ class consumes_what_is_set(Sound):
         model_state.clear()
 
 
+def _has_rates(case: TrainingCase) -> bool:
+    return any(len({group.settings["lr"] for group in one.groups}) > 1 for one in case.optimizers)
+
+
+@breaks("R604", "optimizers", lambda case: _has_rates(case) and case.has_optimizers)
+class one_rate_for_all_groups(Sound):
+    """Sets the learning rate of the first parameter group in all of them."""
+
+    def after_set(self, model, optimizers, model_state, optimizer_state):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = optimizer.param_groups[0]["lr"]
+
+
+def _is_amsgrad(case: TrainingCase) -> bool:
+    return any(group.settings.get("amsgrad") for one in case.optimizers for group in one.groups)
+
+
+@breaks("R602", "optimizers", lambda case: _is_amsgrad(case) and case.num_before)
+class knows_two_moments(Sound):
+    """Reads the first and the second moment of Adam, and nothing of AMSGrad's third."""
+
+    def optimizers_read(self, optimizers, state):
+        entries = state.get("state", state)
+        for key in [key for key in entries if key.endswith("max_exp_avg_sq")]:
+            del entries[key]
+        for held in entries.values():
+            if isinstance(held, dict):
+                held.pop("max_exp_avg_sq", None)
+        return state
+
+
 class Copies(Sound):
     """Odd, but correct: what is read are copies."""
 

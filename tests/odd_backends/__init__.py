@@ -16,8 +16,18 @@ from torch.futures import Future
 from dcpbench import EngineBackend, PlannerBackend, StorageBackend
 from dcpbench.backends.protocol import Engine
 from tests.odd_backends.calls import Background, Calls
-from tests.odd_backends.dense import Dense
-from tests.odd_backends.planners import Bookkeeping, HighestRank, Restaging, RowChunks, Shuffled
+from tests.odd_backends.dense import Broadcasting, Dense
+from tests.odd_backends.files import Mapped, OneFile, Padded, compressing_reader, compressing_writer
+from tests.odd_backends.planners import (
+    Bookkeeping,
+    ColumnHalves,
+    HighestRank,
+    Hintless,
+    Restaging,
+    RoundRobin,
+    RowChunks,
+    Shuffled,
+)
 from tests.odd_backends.storage import BigEndian, Database, ItemReader, Items, ItemWriter, Zipped
 
 __all__ = ["ODD", "Background", "Calls", "Dense", "background", "dense"]
@@ -118,10 +128,14 @@ _FILES = {"writer": dcp.FileSystemWriter, "reader": dcp.FileSystemReader}
 
 background = Background().backend("background")
 dense = EngineBackend("dense", Dense().save, Dense().load)
+broadcasting = EngineBackend("broadcasting", Broadcasting().save, Broadcasting().load)
 renaming = EngineBackend("renaming", Renaming().save, Renaming().load)
 chatty = StorageBackend("chatty", **_FILES, engine=Engine(_with_words(dcp.save), _with_words(dcp.load)))
 row_chunks = _planned("row_chunks", RowChunks)
 highest_rank = _planned("highest_rank", HighestRank)
+round_robin = _planned("round_robin", RoundRobin)
+hintless = _planned("hintless", Hintless)
+column_halves = _planned("column_halves", ColumnHalves)
 shuffled = _planned("shuffled", Shuffled)
 bookkeeping = _planned("bookkeeping", Bookkeeping)
 restaging = _planned("restaging", load_planner=Restaging)
@@ -130,6 +144,10 @@ raw_items = _stored("raw_items", Items())
 big_endian = _stored("big_endian", BigEndian())
 zipped = _stored("zipped", Zipped())
 database = _stored("database", Database())
+one_file = _stored("one_file", OneFile())
+padded = _stored("padded", Padded())
+mapped = _stored("mapped", Mapped())
+compressing = StorageBackend("compressing", compressing_writer, compressing_reader)
 late = StorageBackend("late", LateWriter, LateReader)
 littering = StorageBackend("littering", LitteringWriter, dcp.FileSystemReader)
 file_per_item = StorageBackend(

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-__all__ = ["Dense", "fill", "local_of", "raw_of"]
+__all__ = ["Broadcasting", "Dense", "fill", "local_of", "raw_of"]
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -24,8 +24,9 @@ class Dense:
         held, problem = {}, None
         try:
             held = {self.key(path): self.pack(value) for path, value in self.leaves(state_dict)}
+            pickle.dumps(held)  # what cannot be sent must not be noticed in the middle of a collective
         except Exception as error:  # every rank shall hear of it
-            problem = repr(error)
+            held, problem = {}, repr(error)
         gathered = _gather(held)
         if _rank() == 0 and problem is None:
             try:
@@ -42,7 +43,7 @@ class Dense:
     def load(self, state_dict: dict[str, Any], checkpoint_id: str) -> None:
         wanted, problem, whole = list(self.leaves(state_dict)), None, {}
         try:
-            whole = pickle.loads((Path(checkpoint_id) / "dense.pkl").read_bytes())
+            whole = pickle.loads(self.read(Path(checkpoint_id) / "dense.pkl"))
             for path, value in wanted:
                 self.check(path, value, whole)
         except Exception as error:  # every rank shall hear of it
@@ -50,6 +51,9 @@ class Dense:
         _raise_any(_gather(problem))
         for path, value in wanted:
             self.put(state_dict, path, value, whole[self.key(path)])
+
+    def read(self, file: Path) -> bytes:
+        return file.read_bytes()
 
     def leaves(self, value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
         if isinstance(value, dict):
@@ -122,6 +126,22 @@ class Dense:
 
 def _is_container(value: list[Any]) -> bool:
     return any(isinstance(v, dict | torch.Tensor) or (isinstance(v, list) and _is_container(v)) for v in value)
+
+
+class Broadcasting(Dense):
+    """Has rank 0 read the file and send it to the others."""
+
+    def read(self, file: Path) -> bytes:
+        held, problem = b"", None
+        if _rank() == 0:
+            try:
+                held = file.read_bytes()
+            except OSError as error:  # every rank shall hear of it
+                problem = error
+        held, problem = _gather((held, problem))[0]
+        if problem is not None:
+            raise problem
+        return held
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:

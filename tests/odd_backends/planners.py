@@ -21,7 +21,16 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem, 
 
 from tests.odd_backends.dense import local_of
 
-__all__ = ["Bookkeeping", "HighestRank", "Restaging", "RowChunks", "Shuffled"]
+__all__ = [
+    "Bookkeeping",
+    "ColumnHalves",
+    "HighestRank",
+    "Hintless",
+    "Restaging",
+    "RoundRobin",
+    "RowChunks",
+    "Shuffled",
+]
 
 
 class RowChunks(dcp.DefaultSavePlanner):
@@ -100,3 +109,57 @@ class Restaging(dcp.DefaultLoadPlanner):
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         super().resolve_tensor(read_item).detach().copy_(tensor)
+
+
+class RoundRobin(dcp.DefaultSavePlanner):
+    """Has the ranks that hold a chunk take turns in writing."""
+
+    def _dedup_save_plans(self, all_plans: list[SavePlan]) -> list[SavePlan]:
+        holders: dict[MetadataIndex, list[int]] = {}
+        for number, plan in enumerate(all_plans):
+            for item in plan.items:
+                holders.setdefault(item.index, []).append(number)
+        writer = {index: ranks[turn % len(ranks)] for turn, (index, ranks) in enumerate(holders.items())}
+        return [
+            dataclasses.replace(plan, items=[item for item in plan.items if writer[item.index] == number])
+            for number, plan in enumerate(all_plans)
+        ]
+
+
+class Hintless(dcp.DefaultSavePlanner):
+    """Gives no hint where in a list of chunks an item's is: DCP's indices may have one, and need none."""
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        items = [
+            dataclasses.replace(item, index=dataclasses.replace(item.index, index=None)) for item in new_plan.items
+        ]
+        return super().finish_plan(dataclasses.replace(new_plan, items=items))
+
+
+class ColumnHalves(RowChunks):
+    """Makes two chunks of what a rank holds, cut along the last dim."""
+
+    def create_local_plan(self) -> SavePlan:
+        plan = dcp.DefaultSavePlanner.create_local_plan(self)
+        self.first = {item.index.fqn: item.index.offset[-1] for item in plan.items if item.index.offset}
+        return dataclasses.replace(plan, items=[part for item in plan.items for part in self.rows(item)])
+
+    def rows(self, item: WriteItem) -> Iterator[WriteItem]:
+        chunk = item.tensor_data.chunk if self.is_cut(item.index.fqn) else None
+        if chunk is None or 0 in chunk.sizes or chunk.sizes[-1] < 2:
+            yield item
+            return
+        middle = chunk.sizes[-1] // 2
+        for start, size in ((0, middle), (middle, chunk.sizes[-1] - middle)):
+            at = torch.Size([*chunk.offsets[:-1], chunk.offsets[-1] + start])
+            part = ChunkStorageMetadata(at, torch.Size([*chunk.sizes[:-1], size]))
+            data = dataclasses.replace(item.tensor_data, chunk=part)
+            yield WriteItem(MetadataIndex(item.index.fqn, at), WriteItemType.SHARD, tensor_data=data)
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        held = self.state_dict[index.fqn]
+        local = local_of(held) if isinstance(held, torch.Tensor) else held
+        if not self.is_cut(index.fqn) or not local.numel() or local.size(-1) < 2:
+            return local
+        middle, start = local.size(-1) // 2, index.offset[-1] - self.first[index.fqn]
+        return local.narrow(-1, start, local.size(-1) - middle if start else middle)
