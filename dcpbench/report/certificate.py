@@ -11,7 +11,7 @@ import datetime
 import json
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,7 +34,7 @@ __all__ = [
 
 STATUSES = ("PASS", "FAIL", "UNSUPPORTED", "UNKNOWN")
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the JSON form; it grows with each change that a reader would notice."""
 
 Tally = Counter[tuple[str, str, str]]
@@ -66,6 +66,7 @@ class Entry:
         num_cases: how many cases put the rule to the test.
         num_broken: how many of them broke it.
         num_known: findings that the backend's own known defects explain.
+        num_unsupported: cases that would have put the rule to the test, had the backend not refused them.
         num_inherited: findings that are known defects of the parts of torch that the backend is built on.
         failure: the shrunk case that breaks the rule, where this run found one.
     """
@@ -77,6 +78,7 @@ class Entry:
     num_broken: int = 0
     num_known: int = 0
     num_inherited: int = 0
+    num_unsupported: int = 0
     failure: Failure | None = None
 
 
@@ -92,6 +94,7 @@ class Certificate:
         seed: Hypothesis's seed; ``derandomized`` where the cases are the same every time.
         seconds: how long the run took.
         versions: of dcpbench, torch, Python and the platform.
+        absent: the capabilities that each backend lacks.
     """
 
     backends: tuple[str, ...]
@@ -105,6 +108,7 @@ class Certificate:
     seconds: float
     made_at: str
     versions: tuple[tuple[str, str], ...]
+    absent: tuple[tuple[str, ...], ...] = ()
     schema: int = SCHEMA
 
     def entry(self, rule: str, backend: str) -> Entry:
@@ -122,12 +126,14 @@ class Certificate:
         return sorted(broken, key=lambda entry: (entry.rule in implied, entry.rule))
 
 
-def entries_of(backends: Sequence[str], tally: Tally, failures: Sequence[Failure]) -> tuple[Entry, ...]:
-    """Returns how each rule of the catalogue stands on each of ``backends``."""
-    return tuple(_entry(rule, backend, tally, failures) for rule in RULES for backend in backends)
+def entries_of(
+    backends: Sequence[str], tally: Tally, failures: Sequence[Failure], absent: Mapping[str, Collection[str]]
+) -> tuple[Entry, ...]:
+    """Returns how each rule of the catalogue stands on each of ``backends``, which lack what ``absent`` says."""
+    return tuple(_entry(rule, name, tally, failures, absent.get(name, ())) for rule in RULES for name in backends)
 
 
-def _entry(rule: str, backend: str, tally: Tally, failures: Sequence[Failure]) -> Entry:
+def _entry(rule: str, backend: str, tally: Tally, failures: Sequence[Failure], absent: Collection[str]) -> Entry:
     passed, failed, known, inherited, unsupported = (
         tally[rule, backend, how] for how in ("pass", "fail", "known", "inherited", "unsupported")
     )
@@ -137,9 +143,10 @@ def _entry(rule: str, backend: str, tally: Tally, failures: Sequence[Failure]) -
     elif passed:
         status = "PASS"
     else:
-        status = "UNSUPPORTED" if unsupported else "UNKNOWN"
+        status = "UNSUPPORTED" if unsupported or RULES[rule].capability in absent else "UNKNOWN"
     broken = failed + known
-    return Entry(rule, backend, status, passed + broken + inherited, broken, known, inherited, failure)
+    num_cases = passed + broken + inherited
+    return Entry(rule, backend, status, num_cases, broken, known, inherited, unsupported, failure)
 
 
 def versions() -> tuple[tuple[str, str], ...]:

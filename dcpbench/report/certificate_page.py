@@ -138,7 +138,10 @@ def _count(entry: Entry) -> str:
     if entry.status == "FAIL":
         known = f", {entry.num_known} known" if entry.num_known else ""
         return f"{entry.num_broken} of {entry.num_cases}{known}"
-    return f"{entry.num_cases}" + (f", {entry.num_inherited} inherited" if entry.num_inherited else "")
+    counts = [f"{entry.num_cases}"] if entry.num_cases or entry.status == "PASS" else []
+    counts += [f"{entry.num_inherited} inherited"] if entry.num_inherited else []
+    counts += [f"{entry.num_unsupported} refused"] if entry.num_unsupported else []
+    return ", ".join(counts) or "no case"
 
 
 def _html_cell(entry: Entry) -> str:

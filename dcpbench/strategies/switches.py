@@ -11,8 +11,9 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from dcpbench.case import Case, IdForm, Layout, ObjectLeaf, Options, Step, TensorLeaf
-from dcpbench.strategies.contents import MAY_REQUIRE_GRAD, contents, one_in, scope
+from dcpbench.strategies.contents import MAY_REQUIRE_GRAD, contents, one_in
 from dcpbench.strategies.layouts import layouts, world_sizes
+from dcpbench.strategies.scope import narrowed, scope
 from dcpbench.strategies.values import dtypes
 
 __all__ = ["changing_states", "lenient_loads", "switched", "with_switches"]
@@ -25,7 +26,8 @@ _FORMS: tuple[IdForm, ...] = ("text", "path", "relative", "slash")
 @st.composite
 def with_switches(draw: st.DrawFn, case: Case) -> Case:
     """Draws ``case`` under another name of its checkpoint, and other options of planners and writers."""
-    name = draw(st.sampled_from(_NAMES), label="checkpoint")
+    names = _NAMES if scope.has("local-folders") else _NAMES[:1]
+    name = draw(st.sampled_from(names), label="checkpoint")
     is_flat = all(len(leaf.path) == 1 for leaf in case.leaves)
     options = replace(
         case.options,
@@ -36,7 +38,8 @@ def with_switches(draw: st.DrawFn, case: Case) -> Case:
         has_file_per_item=one_in(draw, 3, "a file per item"),
         num_threads=draw(st.sampled_from([1, 1, 3]), label="threads"),
     )
-    return replace(case, steps=tuple(replace(step, checkpoint=name) for step in case.steps), options=options)
+    renamed = tuple(replace(step, checkpoint=name) for step in case.steps)
+    return narrowed(replace(case, steps=renamed, options=options))
 
 
 @st.composite
@@ -55,7 +58,7 @@ def lenient_loads(draw: st.DrawFn) -> Case:
     pair = tuple(draw(layouts(tensors, draw(world_sizes(scope.max_world_size), label="ranks"))) for _ in range(2))
     without = draw(_some_of((*tensors, *objects)), label="not saved")
     steps = (Step("save", 0, without=without), Step("load", 1, lenient=True))
-    return Case("lenient", draw(_seeds), tensors, objects, pair, steps)
+    return narrowed(Case("lenient", draw(_seeds), tensors, objects, pair, steps))
 
 
 @st.composite
@@ -92,7 +95,7 @@ def changing_states(draw: st.DrawFn) -> Case:
         saves.append(Step("save", layout, f"step-{number}", version, without=without))
     loads = [Step("load", draw(st.integers(0, 1)), one.checkpoint, without=one.without) for one in reversed(saves)]
     options = Options(reuse=draw(st.booleans(), label="reuse"), caches_plans=draw(st.booleans(), label="caching"))
-    return Case("changing", draw(_seeds), tensors, objects, pair, (*saves, *loads), options)
+    return narrowed(Case("changing", draw(_seeds), tensors, objects, pair, (*saves, *loads), options))
 
 
 @st.composite
