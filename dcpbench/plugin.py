@@ -152,6 +152,7 @@ def _none(*values: object, why: str) -> Any:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     config = session.config
+    session_of(config).is_whole = _runs_all_suites(session)
     needs_ranks = any("pool" in getattr(item, "fixturenames", ()) for item in session.items)
     if not needs_ranks or config.getoption("collectonly"):
         return
@@ -165,6 +166,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     except DcpbenchError as error:
         suite.close()
         raise pytest.UsageError(str(error)) from error
+
+
+def _runs_all_suites(session: pytest.Session) -> bool:
+    collected = {item.path for item in session.items}
+    option = session.config.option
+    is_selected = option.keyword or option.markexpr or option.deselect or getattr(option, "lf", False)
+    return collected >= set(SUITES.glob("test_*.py")) and not is_selected
 
 
 def _check_backends(suite: SuiteSession) -> None:
@@ -250,7 +258,7 @@ def pytest_runtest_makereport(
         for error in broken:
             file = suite.write_evidence(error)
             texts.append(_text(error, call, suite))
-            suite.failures.append(Failure(error.finding.rule, error.backend, texts[-1], str(file)))
+            suite.failures.append(Failure(error.finding.rule, _who(error), texts[-1], str(file)))
         if broken:
             report.longrepr = "\n\n".join(dict.fromkeys(texts))
         elif report.passed and suite.unknown:
@@ -268,6 +276,11 @@ def _broken_rules(error: BaseException) -> Iterator[RuleBrokenError]:
     elif isinstance(error, BaseExceptionGroup):
         for part in error.exceptions:
             yield from _broken_rules(part)
+
+
+def _who(error: RuleBrokenError) -> str:
+    loader = error.evidence.get("load_backend", error.backend)
+    return error.backend if loader == error.backend else f"{error.backend} to {loader}"
 
 
 def _text(error: RuleBrokenError, call: pytest.CallInfo[None], suite: SuiteSession) -> str:

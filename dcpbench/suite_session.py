@@ -29,7 +29,7 @@ from dcpbench.oracle.judge import judge
 from dcpbench.oracle.verdict import RULE_ERRORS, Finding, RuleBrokenError, UnknownError, Verdict
 from dcpbench.ranks.backends_seen import BackendsSeen
 from dcpbench.ranks.pool import RankPool
-from dcpbench.report.certificate import Certificate, Failure, Tally, entries_of, now, versions
+from dcpbench.report.certificate import Certificate, Failure, Tally, entries_of, now, together_of, versions
 
 __all__ = ["Settings", "SuiteSession"]
 
@@ -75,6 +75,7 @@ class SuiteSession:
         tally: cases by rule, backend and how they went, for the certificate.
         failures: the shrunk cases of this run.
         rows: a record per round trip, as plain dicts.
+        is_whole: all suites are run, not a selection of their tests.
         unknown: why cases of the running test could not be judged.
         first_verdict_s: seconds from the start of the process to its first verdict.
         show_progress: takes a line for the terminal after each verdict; None where output is no terminal.
@@ -91,6 +92,7 @@ class SuiteSession:
     tally: Tally = field(default_factory=Counter)
     failures: list[Failure] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    is_whole: bool = False
     unknown: list[str] = field(default_factory=list)
     first_verdict_s: float | None = None
     show_progress: Callable[[str], None] | None = None
@@ -185,6 +187,13 @@ class SuiteSession:
                 text = works_though_absent(backend, capability, self.absences[backend, capability, True]).text()
                 found.append(Failure("R003", backend, text, ""))
         return found
+
+    def unmatched(self) -> list[tuple[str, str]]:
+        """Returns backend and id of known defects that explained nothing; none where too little was run to say so."""
+        if not self.is_whole or self.settings.profile == "quick":
+            return []
+        listed = {(name, defect.id) for name in self.settings.backends for defect in self.defects[name]}
+        return sorted(listed - set(self.known))
 
     def call(self, target: str, world_size: int, *, distributed: bool = True, **arguments: Any) -> list[Any]:
         """Runs a function on ranks 0 to ``world_size - 1`` and returns what each returned.
@@ -324,11 +333,14 @@ class SuiteSession:
         num_cases = Counter[tuple[str, bool]]()
         for (_, backend, status), number in self.counts.items():
             num_cases[backend, status == "UNKNOWN"] += number
+        judged = {name: num_cases[name, False] + num_cases[name, True] for name, _ in num_cases}
         return Certificate(
             backends=used.backends,
             entries=entries_of(used.backends, self.tally, [*self.failures, *self.understated()], absent),
             absent=tuple(tuple(sorted(absent[name], key=list(CAPABILITIES).index)) for name in used.backends),
-            num_cases=tuple(num_cases[name, False] + num_cases[name, True] for name in used.backends),
+            num_cases=tuple(judged.get(name, 0) for name in used.backends),
+            together=together_of(used.backends, judged, self.tally, self.failures),
+            unmatched=tuple(self.unmatched()),
             num_unknown=tuple(num_cases[name, True] for name in used.backends),
             profile=used.profile,
             world_size=used.world_size,

@@ -26,8 +26,10 @@ __all__ = [
     "Entry",
     "Failure",
     "Tally",
+    "Together",
     "entries_of",
     "now",
+    "together_of",
     "versions",
     "write_certificate",
 ]
@@ -83,6 +85,25 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Together:
+    """What two backends did together: the one loaded what the other saved, or each brought parts.
+
+    Attributes:
+        name: who saves and who loads, or which part comes from where.
+        num_cases: how many cases put a rule to the test.
+        broken: rules that were broken, most basic first.
+        is_known: known defects of the two explain all of it.
+        failure: the shrunk case, where this run found one.
+    """
+
+    name: str
+    num_cases: int
+    broken: tuple[str, ...] = ()
+    is_known: bool = True
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True)
 class Certificate:
     """What one run showed, for all its backends.
 
@@ -95,6 +116,8 @@ class Certificate:
         seconds: how long the run took.
         versions: of dcpbench, torch, Python and the platform.
         absent: the capabilities that each backend lacks.
+        together: how the backends worked with each other.
+        unmatched: backend and id of known defects that explained nothing in a run of all suites.
     """
 
     backends: tuple[str, ...]
@@ -109,6 +132,8 @@ class Certificate:
     made_at: str
     versions: tuple[tuple[str, str], ...]
     absent: tuple[tuple[str, ...], ...] = ()
+    together: tuple[Together, ...] = ()
+    unmatched: tuple[tuple[str, str], ...] = ()
     schema: int = SCHEMA
 
     def entry(self, rule: str, backend: str) -> Entry:
@@ -121,9 +146,26 @@ class Certificate:
 
     def failures(self, backend: str) -> list[Entry]:
         """Returns the broken rules of a backend, the most basic one first: what follows may be its consequence."""
-        broken = [e for e in self.entries if e.backend == backend and e.status == "FAIL"]
-        implied = {code for entry in broken for code in RULES[entry.rule].implies}
-        return sorted(broken, key=lambda entry: (entry.rule in implied, entry.rule))
+        broken = {e.rule: e for e in self.entries if e.backend == backend and e.status == "FAIL"}
+        return [broken[rule] for rule in _most_basic_first(broken)]
+
+
+def _most_basic_first(broken: Collection[str]) -> list[str]:
+    implied = {code for rule in broken for code in RULES[rule].implies}
+    return sorted(broken, key=lambda rule: (rule in implied, rule))
+
+
+def together_of(
+    backends: Sequence[str], num_cases: Mapping[str, int], tally: Tally, failures: Sequence[Failure]
+) -> tuple[Together, ...]:
+    """Returns how backends worked with each other: all that was counted under names other than ``backends``."""
+    found = []
+    for name in sorted(set(num_cases) - set(backends)):
+        broken = {rule for rule, who, how in tally if who == name and how in ("fail", "known", "inherited")}
+        failure = next((one for one in failures if one.backend == name), None)
+        is_known = failure is None and not any(tally[rule, name, "fail"] for rule in broken)
+        found.append(Together(name, num_cases[name], tuple(_most_basic_first(broken)), is_known, failure))
+    return tuple(found)
 
 
 def entries_of(
