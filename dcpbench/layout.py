@@ -128,7 +128,7 @@ class Layout:
         world_size: ranks that take part in the step.
         mesh: the mesh of the sharded tensors.
         leaves: one entry per tensor leaf of the case, in its order.
-        distributed: False means one process without any process group.
+        distributed: False means that each rank is alone, without any process group: plain tensors only.
         holders: of each leaf that only some ranks have in their state dict; all others are held by all members.
         members: the ranks that take part, as a process group of their own; none means all, and the default group.
     """
@@ -143,8 +143,8 @@ class Layout:
     def __post_init__(self) -> None:
         if self.world_size < 1 or any(not 0 <= rank < self.world_size for rank in self.mesh.ranks):
             raise ValueError(f"expected the mesh within the world but got {self.world_size=} ranks={self.mesh.ranks}.")
-        if not self.distributed and self.world_size != 1:
-            raise ValueError(f"expected world_size=1 without a process group but got {self.world_size}.")
+        if not self.distributed and any(leaf.placements is not None for leaf in self.leaves):
+            raise ValueError(f"expected plain tensors without a process group but got {self.leaves}.")
         if any(not 0 <= rank < self.world_size for rank in self.members):
             raise ValueError(f"expected members of a world of {self.world_size} but got {self.members}.")
         taking_part = set(self.members or range(self.world_size))

@@ -21,6 +21,7 @@ __all__ = [
     "ObjectObservation",
     "Observation",
     "Outcome",
+    "Place",
     "RunStep",
     "Stop",
     "TensorObservation",
@@ -61,6 +62,19 @@ class Welcome:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where checkpoints lie that are no local folders.
+
+    Attributes:
+        prefix: of the checkpoint_ids, such as a URL; without a slash behind.
+        environ: environment variables by which the backend finds the place.
+    """
+
+    prefix: str
+    environ: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
 class RunStep:
     """Run one step of a case on this rank.
 
@@ -68,7 +82,8 @@ class RunStep:
         command: number of the command, unique within the pool's life.
         world_size: ranks that take part; this rank's number is below it.
         backend: specification of the backend, resolved on the rank.
-        root: folder under which the case's checkpoints live.
+        root: folder of the case's own, under which its checkpoints live unless the backend has another place for them.
+        place: where the checkpoint_ids lead if not below ``root``; its own for each case.
         keeps_group: the command before it ran on the same ranks and ended well on all: they keep their process group.
     """
 
@@ -80,6 +95,7 @@ class RunStep:
     root: str
     distributed: bool = True
     keeps_group: bool = False
+    place: Place | None = None
 
 
 @dataclass(frozen=True)
@@ -188,6 +204,7 @@ class Observation:
             and could read it.
         bytes_on_storage: size of the checkpoint's files after a save; None where it is not a folder.
         value: what a called program returned.
+        lacks: capabilities that the step needs and the backend declares absent (:mod:`dcpbench.capabilities`).
     """
 
     rank: int
@@ -205,6 +222,7 @@ class Observation:
     tables: tuple[ChunkTable, ...] | None = None
     bytes_on_storage: int | None = None
     value: Any = None
+    lacks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

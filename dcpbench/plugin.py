@@ -13,6 +13,7 @@ import pytest
 
 from dcpbench import codec, known_defects, profiles
 from dcpbench.backends import parts, registry
+from dcpbench.backends.parts import names_in
 from dcpbench.errors import DcpbenchError, UsageError, expected
 from dcpbench.messages import Call
 from dcpbench.oracle.verdict import RuleBrokenError
@@ -27,6 +28,7 @@ __all__ = ["session_of"]
 
 MAX_WORLD_SIZE = 128
 _NEEDS_TWO = "needs two backends of the same format: give --backend=torch --backend=reference"
+_BACKEND_PARAMETERS = ("backend", "saver", "loader", "swapped")
 _SESSION = pytest.StashKey[SuiteSession]()
 
 
@@ -63,14 +65,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     try:
         settings = _settings(config)
-        defects = _known_defects(settings, config.getoption("--known-defects"))
+        files = _defect_files(settings, config.getoption("--known-defects"))
+        defects = {name: known_defects.load_defects(file, name) for name, file in files.items()}
     except UsageError as error:
         raise pytest.UsageError(str(error)) from error
     scope.max_world_size = settings.world_size
     profiles.register()
     hypothesis.settings.load_profile(settings.profile)
-    torch_parts = getattr(config, "workerinput", {}).get("dcpbench", {})
-    config.stash[_SESSION] = SuiteSession(settings, defects, torch_parts)
+    known = getattr(config, "workerinput", {}).get("dcpbench", {"torch_parts": {}, "described": {}})
+    config.stash[_SESSION] = SuiteSession(settings, defects, known["torch_parts"], files)
+    config.stash[_SESSION].backends.described |= known["described"]
 
 
 def _settings(config: pytest.Config) -> Settings:
@@ -92,14 +96,14 @@ def _settings(config: pytest.Config) -> Settings:
     return Settings(world_size, device, backends, profile, timeout, Path(config.getoption("--results")))
 
 
-def _known_defects(settings: Settings, own: Path | None) -> dict[str, tuple[known_defects.Defect, ...]]:
-    """Returns the known defects of each backend: of those that ship from beside the suites, of others from ``own``."""
+def _defect_files(settings: Settings, own: Path | None) -> dict[str, Path]:
+    """Returns the list of known defects of each backend: of those that ship beside the suites, of others ``own``."""
     files = {name: SUITES / "known_defects" / f"{name}.toml" for name in (*registry.KNOWN, *settings.backends)}
     if own is not None:
         if not own.is_file():
             raise expected("a file of known defects", "--known-defects", str(own), "Give one, or leave it out.")
         files |= dict.fromkeys(settings.backends, own)
-    return {name: known_defects.load_defects(file, name) for name, file in files.items()}
+    return files
 
 
 def session_of(config: pytest.Config) -> SuiteSession:
@@ -128,7 +132,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("saver", "loader"), pairs or [_none("torch", "reference", why=_NEEDS_TWO)])
     if "swapped" in metafunc.fixturenames:
         both = combinations([name for name in names if name in registry.KNOWN], 2)
-        mixed = [s for one, other in both for s in parts.combinations(one, other) if len(parts.names_in(s)) > 1]
+        mixed = [s for one, other in both for s in parts.combinations(one, other) if len(names_in(s)) > 1]
         ids = ["-".join((parts.parts_of(specification) or {}).values()) for specification in mixed]
         metafunc.parametrize("swapped", mixed or [_none("", why=_NEEDS_TWO)], ids=ids or None)
     if "regression" in metafunc.fixturenames:
@@ -148,6 +152,7 @@ def _none(*values: object, why: str) -> Any:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     config = session.config
+    session_of(config).is_whole = _runs_all_suites(session)
     needs_ranks = any("pool" in getattr(item, "fixturenames", ()) for item in session.items)
     if not needs_ranks or config.getoption("collectonly"):
         return
@@ -163,18 +168,18 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         raise pytest.UsageError(str(error)) from error
 
 
+def _runs_all_suites(session: pytest.Session) -> bool:
+    collected = {item.path for item in session.items}
+    option = session.config.option
+    is_selected = option.keyword or option.markexpr or option.deselect or getattr(option, "lf", False)
+    return collected >= set(SUITES.glob("test_*.py")) and not is_selected
+
+
 def _check_backends(suite: SuiteSession) -> None:
     """Has a rank open each backend: a module that fails to import ends the run with one line."""
     for name in suite.settings.backends:
-        (seen,) = suite.pool.step(
-            Call(0, 1, "dcpbench.backends.registry:describe", {"specification": name}, distributed=False)
-        )
-        if seen.outcome != "ok":
-            reason = seen.error.text.strip().splitlines()[0] if seen.error else seen.outcome
-            raise UsageError(f"Expected backend {name!r} to open but its rank {seen.outcome}: {reason}. Mend it.")
-        if "problem" in seen.value:
-            raise UsageError(seen.value["problem"])
-        if suite.settings.device == "cuda" and not seen.value["num_cuda_devices"]:
+        seen = suite.backends.of(name)
+        if suite.settings.device == "cuda" and not seen["num_cuda_devices"]:
             raise expected("a CUDA device", "--device", "cuda", "Give --device=cpu, or run where torch sees a GPU.")
         if name not in registry.KNOWN:
             suite.torch_parts[name] = _torch_parts(suite, name)
@@ -199,6 +204,7 @@ def _check_backends_before_workers_start(suite: SuiteSession) -> None:
     finally:
         alone.close()
     suite.torch_parts |= alone.torch_parts
+    suite.backends.described |= alone.backends.described
 
 
 def _is_xdist_controller(config: pytest.Config) -> bool:
@@ -230,7 +236,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    session_of(item.config).begin_test(item.nodeid.rsplit("::", 1)[-1].split("[")[0])
+    suite = session_of(item.config)
+    suite.begin_test(item.nodeid.rsplit("::", 1)[-1].split("[")[0])
+    given = getattr(getattr(item, "callspec", None), "params", {})
+    used = {name for one in _BACKEND_PARAMETERS if given.get(one) for name in names_in(given[one])}
+    names = used & set(suite.settings.backends)
+    scope.absent = frozenset(name for backend in names for name in suite.backends.absent(backend))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -247,7 +258,7 @@ def pytest_runtest_makereport(
         for error in broken:
             file = suite.write_evidence(error)
             texts.append(_text(error, call, suite))
-            suite.failures.append(Failure(error.finding.rule, error.backend, texts[-1], str(file)))
+            suite.failures.append(Failure(error.finding.rule, _who(error), texts[-1], str(file)))
         if broken:
             report.longrepr = "\n\n".join(dict.fromkeys(texts))
         elif report.passed and suite.unknown:
@@ -267,6 +278,11 @@ def _broken_rules(error: BaseException) -> Iterator[RuleBrokenError]:
             yield from _broken_rules(part)
 
 
+def _who(error: RuleBrokenError) -> str:
+    loader = error.evidence.get("load_backend", error.backend)
+    return error.backend if loader == error.backend else f"{error.backend} to {loader}"
+
+
 def _text(error: RuleBrokenError, call: pytest.CallInfo[None], suite: SuiteSession) -> str:
     if call.excinfo is not None and isinstance(call.excinfo.value, hypothesis.errors.Flaky):
         return f"UNKNOWN: not the same twice. Seen once, and not when the case was run again:\n{error}"
@@ -274,16 +290,21 @@ def _text(error: RuleBrokenError, call: pytest.CallInfo[None], suite: SuiteSessi
     return f"{error}\n  part       {part}" if part else str(error)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     suite = session_of(session.config)
     suite.close()
+    if suite.understated() and session.exitstatus == pytest.ExitCode.OK and not hasattr(session.config, "workerinput"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
         output["dcpbench"] = {
             "counts": [[*key, number] for key, number in suite.counts.items()],
             "known": [[*key, number] for key, number in suite.known.items()],
+            "absences": [[*key, number] for key, number in suite.absences.items()],
             "tally": [[*key, number] for key, number in suite.tally.items()],
             "failures": [codec.to_json(failure) for failure in suite.failures],
+            "described": suite.backends.described,
             "rows": suite.rows,
         }
 
@@ -291,7 +312,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     """Tells an xdist worker what the controller found out about the backends."""
-    node.workerinput["dcpbench"] = session_of(node.config).torch_parts
+    suite = session_of(node.config)
+    node.workerinput["dcpbench"] = {"torch_parts": suite.torch_parts, "described": suite.backends.described}
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -303,10 +325,13 @@ def pytest_testnodedown(node: Any) -> None:
         suite.counts[tuple(key)] += number
     for *key, number in held.get("known", ()):
         suite.known[tuple(key)] += number
+    for *key, number in held.get("absences", ()):
+        suite.absences[tuple(key)] += number
     for *key, number in held.get("tally", ()):
         suite.tally[tuple(key)] += number
     suite.failures += [codec.from_json(Failure, failure, "xdist worker") for failure in held.get("failures", ())]
     suite.rows += held.get("rows", [])
+    suite.backends.described |= held.get("described", {})
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -316,6 +341,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     from dcpbench.report.terminal import summary_lines, write_records
 
     terminalreporter.section("dcpbench")
+    for failure in suite.understated():
+        terminalreporter.write_line(failure.text, red=True)
     for line in summary_lines(suite):
         terminalreporter.write_line(line)
     try:

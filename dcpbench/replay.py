@@ -8,8 +8,10 @@ from pathlib import Path
 
 from dcpbench.backends import registry
 from dcpbench.case_files import AnyCase, load_case
+from dcpbench.needs import with_absences
 from dcpbench.oracle.judge import judge
 from dcpbench.oracle.verdict import Verdict
+from dcpbench.ranks.backends_seen import BackendsSeen
 from dcpbench.ranks.pool import RankPool
 
 __all__ = ["Replay", "replay"]
@@ -47,5 +49,11 @@ def replay(
     for name in (saver, loader):
         registry.check_spelling(name)
     with RankPool(case.max_world_size, device=device, rank_timeout_s=rank_timeout_s) as pool:
-        observations = pool.run(case, saver, load_backend=loader)
+        seen = BackendsSeen(lambda: pool)
+        try:
+            observations = pool.run(case, saver, load_backend=loader, place=seen.place(saver))
+            absent = {"save": seen.declared(saver), "load": seen.declared(loader)}
+        finally:
+            seen.close()
+        observations = with_absences(case, observations, absent)
     return Replay(case, saver, loader, judge(case, observations))

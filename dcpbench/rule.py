@@ -18,6 +18,7 @@ class Rule:
         sentence: what the backend must do.
         source: the document that says so.
         mutant: the wrong backend in ``tests/mutants`` that the rule catches.
+        capability: without it the rule is not held against a backend; a name of :mod:`dcpbench.capabilities`, or "".
         implies: rules that may be broken as a consequence, so that they are looked at after this one.
     """
 
@@ -27,4 +28,5 @@ class Rule:
     sentence: str
     source: str
     mutant: str
+    capability: str = ""
     implies: tuple[str, ...] = ()

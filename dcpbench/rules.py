@@ -9,12 +9,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
+from dcpbench import capabilities
 from dcpbench.fault_rules import FAULT_RULES
 from dcpbench.rule import Rule
+from dcpbench.training_rules import TRAINING_RULES
 
 __all__ = ["FAMILIES", "RULES", "Rule", "as_markdown"]
 
 FAMILIES: Final = {
+    "capabilities": "What a backend declares absent, it refuses; the rest is held against it.",
     "values": "What was saved is what is loaded, bit for bit.",
     "identity": "A load writes into the memory that it was given, and nowhere else; a save writes to none.",
     "tiling": "The metadata describes each element of each tensor once.",
@@ -28,11 +31,37 @@ FAMILIES: Final = {
 
 _LOAD = "torch.distributed.checkpoint.load (documentation)"
 _SAVE = "torch.distributed.checkpoint.save (documentation)"
-_STATE = "torch.distributed.checkpoint.state_dict"
 _METADATA = "torch.distributed.checkpoint.metadata (source), DefaultSavePlanner's validation of the global plan"
 
 
+_NEEDS: Final = {
+    "R108": "lenient-loads",
+    "R301": "metadata",
+    "R302": "metadata",
+    "R303": "metadata",
+    "R304": "metadata",
+    "R401": "objects",
+    "R402": "objects",
+    "R601": "objects",
+    "R602": "objects",
+    "R603": "objects",
+    "R604": "objects",
+    "R605": "objects",
+    "R606": "resharding",
+    "R607": "objects",
+    "R608": "objects",
+    "R609": "objects",
+    "R701": "async",
+    "R801": "atomic-commit",
+    "R802": "atomic-commit",
+    "R803": "several-checkpoints",
+    "R804": "durability",
+}
+"""The capability without which a rule is not held against a backend."""
+
+
 _IMPLIES: Final = {
+    "R002": ("R101", "R107", "R401"),
     "R102": ("R101",),
     "R103": ("R101", "R107"),
     "R104": ("R402",),
@@ -54,6 +83,30 @@ _IMPLIES: Final = {
 
 
 _ALL = (
+    Rule(
+        "R001",
+        "unclean-refusal",
+        "capabilities",
+        "What a backend declares absent must be refused on all ranks, in time, with the destination left as it was.",
+        "dcpbench.capabilities: an absent capability is one that is refused",
+        "refuses_on_one_rank",
+    ),
+    Rule(
+        "R002",
+        "accepted-absent",
+        "capabilities",
+        "What a backend declares absent must not be accepted and then done wrong.",
+        "dcpbench.capabilities: an absent capability is one that is refused",
+        "drops_values",
+    ),
+    Rule(
+        "R003",
+        "works-though-absent",
+        "capabilities",
+        "What works must not be declared absent.",
+        "dcpbench.capabilities: an absent capability is one that is refused",
+        "understates_itself",
+    ),
     Rule(
         "R101",
         "wrong-bytes",
@@ -254,78 +307,7 @@ _ALL = (
         "create_default_local_load_plan (source): the error names the fqn",
         "mumbling_loader",
     ),
-    Rule(
-        "R601",
-        "wrong-state",
-        "training",
-        "A state dict must hold each tensor and value of model and optimizers as it is when it is read.",
-        f"{_STATE}.get_state_dict (documentation)",
-        "rounds_moments",
-    ),
-    Rule(
-        "R602",
-        "wrong-names",
-        "training",
-        "A state dict must name each parameter, persistent buffer and optimizer entry by its FQN, and nothing else.",
-        f"{_STATE}.get_state_dict (documentation): the keys are the canonical FQNs",
-        "forgets_buffers",
-    ),
-    Rule(
-        "R603",
-        "changed-by-reading",
-        "training",
-        "Reading a state dict must not change training: what follows is the same to the bit as without it.",
-        f"{_STATE}.get_state_dict (documentation): it returns the state",
-        "steps_to_read",
-    ),
-    Rule(
-        "R604",
-        "not-resumed",
-        "training",
-        "After a checkpoint is loaded and set, model and optimizers must hold what was saved, under any parallelism.",
-        f"{_STATE}.get_state_dict (documentation): it can be resharded with other trainers and parallelisms",
-        "keeps_own_buffers",
-    ),
-    Rule(
-        "R605",
-        "diverged",
-        "training",
-        "Training resumed under the same parallelism must go on to the bit as if it had never stopped.",
-        f"{_STATE}.set_state_dict (documentation): the counterpart of get_state_dict",
-        "leaves_evaluation_mode",
-    ),
-    Rule(
-        "R606",
-        "drifted",
-        "training",
-        "Training resumed under another parallelism must have the losses of the uninterrupted run, but for rounding.",
-        f"{_STATE}.get_state_dict (documentation): it can be resharded with other trainers and parallelisms",
-        "evaluates_what_is_whole",
-    ),
-    Rule(
-        "R607",
-        "not-the-identity",
-        "training",
-        "Setting what was read must leave model, optimizers and the training after it as they were when it was read.",
-        f"{_STATE}.set_state_dict (documentation): the counterpart of get_state_dict",
-        "forgets_steps",
-    ),
-    Rule(
-        "R608",
-        "tied-to-state-dict",
-        "training",
-        "Model and optimizers must not keep the memory of a state dict that was set.",
-        "torch.nn.Module.load_state_dict (documentation): it copies; two optimizers may be set from one state dict",
-        "shares_moments",
-    ),
-    Rule(
-        "R609",
-        "spoiled-state-dict",
-        "training",
-        "Setting a state dict must leave it as it is: it may be set again.",
-        f"{_STATE}.set_state_dict (documentation): it loads the state; the state dict is an input",
-        "consumes_what_is_set",
-    ),
+    *TRAINING_RULES,
     Rule(
         "R701",
         "changed-after-call",
@@ -337,7 +319,9 @@ _ALL = (
     *FAULT_RULES,
 )
 
-RULES: Final[dict[str, Rule]] = {rule.code: replace(rule, implies=_IMPLIES.get(rule.code, ())) for rule in _ALL}
+RULES: Final[dict[str, Rule]] = {
+    rule.code: replace(rule, implies=_IMPLIES.get(rule.code, ()), capability=_NEEDS.get(rule.code, "")) for rule in _ALL
+}
 """The catalogue, by code."""
 
 
@@ -355,6 +339,9 @@ def as_markdown() -> str:
             if rule.family == family:
                 lines += ["", f'### <a id="{rule.code.lower()}"></a>{rule.code} {rule.name}', "", rule.sentence, ""]
                 lines += [f"- source: {rule.source}", f"- mutant: `{rule.mutant}`"]
+                if rule.code in _NEEDS:
+                    lines.append(f"- needs: `{_NEEDS[rule.code]}`")
                 if implied := _IMPLIES.get(rule.code):
                     lines += [f"- may break as well: {', '.join(implied)}"]
+    lines += ["", *capabilities.as_markdown()]
     return "\n".join(lines) + "\n"

@@ -18,14 +18,18 @@ import hypothesis
 
 from dcpbench import codec
 from dcpbench.backends import parts
+from dcpbench.capabilities import CAPABILITIES
 from dcpbench.case import Case
 from dcpbench.case_files import AnyCase
 from dcpbench.known_defects import Defect, avoided, defects_of, explains
 from dcpbench.messages import Call, Observation
+from dcpbench.needs import with_absences
+from dcpbench.oracle.absences import works_though_absent
 from dcpbench.oracle.judge import judge
 from dcpbench.oracle.verdict import RULE_ERRORS, Finding, RuleBrokenError, UnknownError, Verdict
+from dcpbench.ranks.backends_seen import BackendsSeen
 from dcpbench.ranks.pool import RankPool
-from dcpbench.report.certificate import Certificate, Failure, Tally, entries_of, now, versions
+from dcpbench.report.certificate import Certificate, Failure, Tally, entries_of, now, together_of, versions
 
 __all__ = ["Settings", "SuiteSession"]
 
@@ -63,12 +67,15 @@ class SuiteSession:
 
     Attributes:
         defects: known defects, by backend.
+        defect_files: the file of known defects, by backend; it need not exist.
         torch_parts: for a backend that is not known by name, the parts of torch's DCP that it is built on.
         counts: cases by (test, backend, status).
         known: findings that known defects explained, by defect.
+        absences: cases that need one absent capability alone, by backend, capability, and whether they passed.
         tally: cases by rule, backend and how they went, for the certificate.
         failures: the shrunk cases of this run.
         rows: a record per round trip, as plain dicts.
+        is_whole: all suites are run, not a selection of their tests.
         unknown: why cases of the running test could not be judged.
         first_verdict_s: seconds from the start of the process to its first verdict.
         show_progress: takes a line for the terminal after each verdict; None where output is no terminal.
@@ -77,12 +84,15 @@ class SuiteSession:
     settings: Settings
     defects: dict[str, tuple[Defect, ...]]
     torch_parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    defect_files: dict[str, Path] = field(default_factory=dict)
     test: str = ""
     counts: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     known: Counter[tuple[str, str]] = field(default_factory=Counter)
+    absences: Counter[tuple[str, str, bool]] = field(default_factory=Counter)
     tally: Tally = field(default_factory=Counter)
     failures: list[Failure] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    is_whole: bool = False
     unknown: list[str] = field(default_factory=list)
     first_verdict_s: float | None = None
     show_progress: Callable[[str], None] | None = None
@@ -91,6 +101,7 @@ class SuiteSession:
     _pool: RankPool | None = None
     _last: _Run | None = None
     _hung: dict[tuple[str, str, str], _Run] = field(default_factory=dict)
+    _seen: BackendsSeen | None = None
 
     def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
         """Hypothesis prints the arguments of a failing test; the books of the run do not belong there."""
@@ -106,8 +117,17 @@ class SuiteSession:
             self._pool.start()
         return self._pool
 
+    @property
+    def backends(self) -> BackendsSeen:
+        """What the ranks say of backends."""
+        if self._seen is None:
+            self._seen = BackendsSeen(lambda: self.pool)
+        return self._seen
+
     def close(self) -> None:
-        """Ends the ranks."""
+        """Ends the ranks, and leaves the places that backends brought."""
+        if self._seen is not None:
+            self._seen.close()
         if self._pool is not None:
             self._pool.close()
             self._pool = None
@@ -138,12 +158,42 @@ class SuiteSession:
             return self._last.observations
         if len(self._hung) >= MAX_HANGS_PER_TEST:
             hypothesis.reject()
-        observations = self.pool.run(case, backend, load_backend=load_backend)
+        observations = self._observe(case, backend, load_backend or backend)
         self._last = _Run(case, backend, load_backend or backend, observations)
         if self._last.has_hung:
             self._hung[key] = self._last
             self.pool.rank_timeout_s = min(self.settings.rank_timeout_s, SHRINKING_TIMEOUT_S)
         return observations
+
+    def _observe(
+        self, case: AnyCase, backend: str, load_backend: str, *, on_fresh_group: bool = False
+    ) -> tuple[Observation, ...]:
+        """Returns what the ranks saw, with what the backends lack of what the case needs."""
+        seen, place = self.backends, self.backends.place(backend)
+        found = self.pool.run(case, backend, load_backend=load_backend, place=place, on_fresh_group=on_fresh_group)
+        absent = {"save": seen.declared(backend), "load": seen.declared(load_backend)}
+        return with_absences(case, found, absent) if any(absent.values()) else found
+
+    def lacks(self, backend: str, *capabilities: str) -> str:
+        """Returns why a test that needs ``capabilities`` cannot be run on ``backend``, or "" if it can."""
+        missing = [name for name in capabilities if name in self.backends.absent(backend)]
+        return f"{backend} has no {', '.join(missing)}" if missing else ""
+
+    def understated(self) -> list[Failure]:
+        """Returns a failure for each capability that a backend declares absent although it works."""
+        found = []
+        for backend, capability, has_passed in sorted(self.absences):
+            if has_passed and not self.absences[backend, capability, False]:
+                text = works_though_absent(backend, capability, self.absences[backend, capability, True]).text()
+                found.append(Failure("R003", backend, text, ""))
+        return found
+
+    def unmatched(self) -> list[tuple[str, str]]:
+        """Returns backend and id of known defects that explained nothing; none where too little was run to say so."""
+        if not self.is_whole or self.settings.profile == "quick":
+            return []
+        listed = {(name, defect.id) for name in self.settings.backends for defect in self.defects[name]}
+        return sorted(listed - set(self.known))
 
     def call(self, target: str, world_size: int, *, distributed: bool = True, **arguments: Any) -> list[Any]:
         """Runs a function on ranks 0 to ``world_size - 1`` and returns what each returned.
@@ -179,6 +229,8 @@ class SuiteSession:
             new, explained = self._sorted(run, verdict)
         self.known.update((defect.backend, defect.id) for _, defect in explained)
         self._tally(name, verdict, new, explained)
+        if len(verdict.absent) == 1 and verdict.status != "UNKNOWN":
+            self.absences[run.backend, verdict.absent[0], verdict.status == "PASS"] += 1
         status = "KNOWN" if verdict.findings and not new else verdict.status
         self.counts[self.test, name, status] += 1
         if verdict.status == "UNKNOWN":
@@ -229,7 +281,7 @@ class SuiteSession:
         Returns:
             The second verdict; UNKNOWN if it breaks none of the rules that the first one broke.
         """
-        run.observations = self.pool.run(run.case, run.backend, load_backend=run.load_backend, on_fresh_group=True)
+        run.observations = self._observe(run.case, run.backend, run.load_backend, on_fresh_group=True)
         second = judge(run.case, run.observations)
         rules = {finding.rule for finding in first.findings}
         if rules & {finding.rule for finding in second.findings}:
@@ -258,7 +310,7 @@ class SuiteSession:
         rule = error.finding.rule
         outcomes = {}
         for specification in parts.combinations(*names):
-            verdict = judge(error.case, self.pool.run(error.case, specification, on_fresh_group=True))
+            verdict = judge(error.case, self._observe(error.case, specification, specification, on_fresh_group=True))
             outcomes[specification] = rule in {finding.rule for finding in verdict.findings}
         guilty = parts.guilty_part(outcomes)
         num_failing = sum(outcomes.values())
@@ -277,13 +329,18 @@ class SuiteSession:
     def certificate(self, seed: str) -> Certificate:
         """Returns how each rule stands on each backend of this run."""
         used = self.settings
+        absent = {name: self.backends.absent(name) for name in used.backends}
         num_cases = Counter[tuple[str, bool]]()
         for (_, backend, status), number in self.counts.items():
             num_cases[backend, status == "UNKNOWN"] += number
+        judged = {name: num_cases[name, False] + num_cases[name, True] for name, _ in num_cases}
         return Certificate(
             backends=used.backends,
-            entries=entries_of(used.backends, self.tally, self.failures),
-            num_cases=tuple(num_cases[name, False] + num_cases[name, True] for name in used.backends),
+            entries=entries_of(used.backends, self.tally, [*self.failures, *self.understated()], absent),
+            absent=tuple(tuple(sorted(absent[name], key=list(CAPABILITIES).index)) for name in used.backends),
+            num_cases=tuple(judged.get(name, 0) for name in used.backends),
+            together=together_of(used.backends, judged, self.tally, self.failures),
+            unmatched=tuple(self.unmatched()),
             num_unknown=tuple(num_cases[name, True] for name in used.backends),
             profile=used.profile,
             world_size=used.world_size,

@@ -11,6 +11,8 @@ NUM_TRIALS = {"quick": 120, "standard": 3000, "nightly": 20_000}
 
 
 def test_damage_is_seen(pool, backend):
+    if why := pool.lacks(backend, "local-folders", "objects", "resharding"):
+        pytest.skip(why)
     if pool.settings.world_size < 2:
         pytest.skip("needs 2 ranks: give --world-size=2 or more")
     profile = pool.settings.profile

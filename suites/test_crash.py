@@ -14,6 +14,8 @@ QUICK = ("overwrite",)
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_crash_leaves_old_or_new(scenario, pool, backend):
+    if why := pool.lacks(backend, "local-folders", "objects", "resharding", "overwrite"):
+        pytest.skip(why)
     profile = pool.settings.profile
     if profile == "quick" and scenario not in QUICK:
         pytest.skip("in the quick profile only a save over an older one is looked at")

@@ -11,6 +11,8 @@ QUICK = ("planner-data-that-calls", "path-above", "link-to-a-file", "doubling-li
 
 
 def test_hostile_checkpoints_are_refused(pool, backend):
+    if why := pool.lacks(backend, "local-folders", "objects", "resharding"):
+        pytest.skip(why)
     if pool.settings.world_size < 2:
         pytest.skip("needs 2 ranks: give --world-size=2 or more")
     is_quick = pool.settings.profile == "quick"

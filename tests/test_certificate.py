@@ -11,15 +11,15 @@ import pytest
 
 from dcpbench import codec
 from dcpbench.cli import main
-from dcpbench.report.certificate import Certificate, Failure, entries_of, write_certificate
+from dcpbench.report.certificate import Certificate, Failure, Together, entries_of, together_of, write_certificate
 from dcpbench.report.certificate_page import as_html, as_markdown
 from dcpbench.rules import FAMILIES, RULES
 
 MESSAGE = "R101 wrong-bytes: '<w>' differs\n  expected   00\n  got        01"
 
 
-def certificate(tally, failures=(), backends=("one", "other")) -> Certificate:
-    entries = entries_of(backends, Counter(tally), list(failures))
+def certificate(tally, failures=(), backends=("one", "other"), absent=None, together=()) -> Certificate:
+    entries = entries_of(backends, Counter(tally), list(failures), absent or {})
     numbers = tuple(range(len(backends)))
     return Certificate(
         backends,
@@ -33,6 +33,7 @@ def certificate(tally, failures=(), backends=("one", "other")) -> Certificate:
         61.5,
         "2026-01-01T00:00:00+00:00",
         (("a", "1"),),
+        together=together,
     )
 
 
@@ -54,6 +55,30 @@ def test_status_of_a_rule(tally, status, num_cases, num_broken):
     entry = found.entry("R101", "one")
     assert (entry.status, entry.num_cases, entry.num_broken) == (status, num_cases, num_broken)
     assert found.entry("R101", "other").status == "UNKNOWN"
+
+
+def test_a_rule_that_needs_what_is_absent_is_unsupported():
+    found = certificate({("R101", "one", "pass"): 3}, absent={"one": {"objects", "metadata"}})
+    assert [found.entry(rule, "one").status for rule in ("R101", "R301", "R401")] == ["PASS", *["UNSUPPORTED"] * 2]
+    assert found.entry("R401", "other").status == "UNKNOWN"
+    assert certificate({("R401", "one", "fail"): 1}, absent={"one": {"objects"}}).entry("R401", "one").status == "FAIL"
+
+
+def test_backends_together_have_rows_of_their_own():
+    tally = Counter(
+        {("R101", "one to other", "known"): 2, ("R101", "other to one", "pass"): 4, ("R402", "one to other", "fail"): 1}
+    )
+    failure = Failure("R402", "one to other", MESSAGE, "x.json")
+    cases = {"one": 9, "one to other": 7, "other to one": 4}
+    pairs = together_of(("one", "other"), cases, tally, [failure])
+    assert pairs == (
+        Together("one to other", 7, ("R101", "R402"), False, failure),
+        Together("other to one", 4),
+    )
+    found = certificate({}, together=pairs)
+    assert "| other to one | 4 | nothing |" in as_markdown(found)
+    assert "## R402 on one to other" in as_markdown(found)
+    assert "one to other</td><td>7</td><td>R101, R402</td>" in as_html(found)
 
 
 def test_every_rule_has_an_entry():

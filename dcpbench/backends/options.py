@@ -12,12 +12,33 @@ from typing import Any, Final
 
 from torch.distributed.checkpoint.planner import SavePlanner
 
-__all__ = ["CALL", "LOAD_PLANNER", "SAVE_PLANNER", "WRITER", "forget_plans", "make", "pick", "taken_by"]
+__all__ = [
+    "CALL",
+    "CAPABILITY_OF",
+    "LOAD_PLANNER",
+    "SAVE_PLANNER",
+    "WRITER",
+    "forget_plans",
+    "make",
+    "pick",
+    "taken_by",
+    "taken_by_engine",
+    "without",
+]
 
 CALL: Final = ("process_group", "no_dist")
 WRITER: Final = ("single_file_per_rank", "thread_count")
 SAVE_PLANNER: Final = ("flatten_state_dict", "dedup_save_to_lowest_rank", "enable_plan_caching")
 LOAD_PLANNER: Final = ("flatten_state_dict", "allow_partial_load")
+
+CAPABILITY_OF: Final = {
+    "async_save": "async",
+    "process_group": "process-groups",
+    "allow_partial_load": "lenient-loads",
+    "stateful": "statefuls",
+    "convert": "conversions",
+}
+"""The capability that an option or feature shows."""
 
 Factory = Callable[..., Any] | None
 
@@ -31,6 +52,20 @@ def taken_by(
     planners = (saving | loading) - both | (saving & loading & both)
     features = {"stateful", *(["async_save"] if has_async_save else []), *(["convert"] if has_formats else [])}
     return frozenset({*CALL, *_named(writer, WRITER), *planners, *features})
+
+
+def taken_by_engine(save: Factory, load: Factory, async_save: Factory, present: Iterable[str]) -> frozenset[str]:
+    """Returns the options and features of an engine of its own: what its functions name, and what it declares."""
+    calls = [call for call in (save, load, async_save) if call is not None]
+    found = {"process_group"} if all(_named(call, ["process_group"]) for call in calls) else set()
+    found |= _named(load, ["allow_partial_load"])
+    found |= {"async_save"} if async_save is not None else set()
+    return frozenset(found | {option for option, name in CAPABILITY_OF.items() if name in present})
+
+
+def without(taken: frozenset[str], absent: Iterable[str]) -> frozenset[str]:
+    """Returns ``taken`` but for what shows a capability that is declared absent."""
+    return taken - {option for option, name in CAPABILITY_OF.items() if name in set(absent)}
 
 
 def _named(factory: Factory, options: Iterable[str]) -> set[str]:

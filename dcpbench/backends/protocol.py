@@ -8,6 +8,7 @@ a backend is opened once per case, as a :class:`Session`; only ranks open sessio
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -27,6 +28,7 @@ __all__ = [
     "Engine",
     "EngineBackend",
     "Formats",
+    "Location",
     "PlannerBackend",
     "Session",
     "StateDictFunctions",
@@ -35,6 +37,13 @@ __all__ = [
 ]
 
 StateDict = dict[str, Any]
+
+Location = Callable[[], AbstractContextManager[str]]
+"""Gives a place for checkpoints, such as ``s3://bucket/prefix``, that is there until the context is left.
+
+It is entered once in a run, in a process of its own, so it may start a server and stop it; what it puts into
+``os.environ`` the ranks get as well. Without one, a checkpoint_id is a path in a fresh local folder.
+"""
 
 
 class Session(Protocol):
@@ -57,7 +66,11 @@ class Session(Protocol):
 
 @runtime_checkable
 class Backend(Protocol):
-    """A checkpoint implementation under test."""
+    """A checkpoint implementation under test.
+
+    A backend may have more: ``absent``, names of the capabilities that it lacks (:mod:`dcpbench.capabilities`), and
+    ``location``, a :data:`Location`.
+    """
 
     @property
     def name(self) -> str:
@@ -132,6 +145,8 @@ class StorageBackend:
         engine: what drives them; DCP's own unless given.
         save_planner, load_planner: return planners; the engine's own unless given.
         formats: convert checkpoints of this storage; None if nothing does.
+        absent: names of capabilities that the backend lacks; it then refuses on all ranks what needs them.
+        location: a place for checkpoints other than local folders.
 
     Where ``writer`` or a planner names an option of DCP's in its own signature (``thread_count``,
     ``flatten_state_dict`` and the like), cases may use it; a constructor that a class only inherits does not count.
@@ -144,6 +159,8 @@ class StorageBackend:
     save_planner: Callable[..., SavePlanner] | None = None
     load_planner: Callable[..., LoadPlanner] | None = None
     formats: Formats | None = None
+    absent: tuple[str, ...] = ()
+    location: Location | None = None
 
     @property
     def state_dict(self) -> StateDictFunctions:
@@ -155,7 +172,10 @@ class StorageBackend:
 
 
 def PlannerBackend(  # noqa: N802  a constructor in all but name: it reads as the kind of backend that it makes
-    name: str, save_planner: Callable[[], SavePlanner], load_planner: Callable[[], LoadPlanner]
+    name: str,
+    save_planner: Callable[[], SavePlanner],
+    load_planner: Callable[[], LoadPlanner],
+    absent: tuple[str, ...] = (),
 ) -> StorageBackend:
     """Returns a backend that brings planners and uses DCP's engine and filesystem storage."""
     return StorageBackend(
@@ -164,6 +184,7 @@ def PlannerBackend(  # noqa: N802  a constructor in all but name: it reads as th
         reader=FileSystemReader,
         save_planner=save_planner,
         load_planner=load_planner,
+        absent=absent,
     )
 
 
@@ -173,16 +194,25 @@ class EngineBackend:
 
     Args:
         name: how reports call it.
-        save, load: called on all ranks, with a process group unless there is only one process.
+        save, load: called on all ranks, with a process group unless there is only one process. Where both name
+            ``process_group``, or ``load`` names ``allow_partial_load``, cases may use it.
+        async_save: as ``save``, and returns a future, or a response whose ``upload_completion`` is one.
         read_metadata: returns DCP metadata of a checkpoint; without it the tiling rules are not checked.
         state_dict: reads and sets the state of models and optimizers; torch's functions unless given.
+        absent: names of capabilities that the backend lacks; it then refuses on all ranks what needs them.
+        present: names of closed capabilities that it has and that its functions do not show, such as ``statefuls``.
+        location: a place for checkpoints other than local folders.
     """
 
     name: str
-    save: Callable[[StateDict, str], Any]
-    load: Callable[[StateDict, str], Any]
+    save: Callable[..., Any]
+    load: Callable[..., Any]
+    async_save: Callable[..., Any] | None = None
     read_metadata: Callable[[str], Metadata] | None = None
     state_dict: StateDictFunctions = TORCH_STATE_DICT
+    absent: tuple[str, ...] = ()
+    present: tuple[str, ...] = ()
+    location: Location | None = None
 
     def open(self, *, reuse: bool) -> Session:  # noqa: ARG002  there are no objects that could be kept
         return _EngineSession(self)
@@ -194,13 +224,14 @@ class _StorageSession:
         self._reuse = reuse
         self._writer: StorageWriter | None = None
         self._reader: StorageReader | None = None
-        self.takes = options.taken_by(
+        taken = options.taken_by(
             backend.writer,
             backend.save_planner,
             backend.load_planner,
             has_async_save=backend.engine.async_save is not None,
             has_formats=backend.formats is not None,
         )
+        self.takes = options.without(taken, backend.absent)
         options.forget_plans()
 
     def save(self, state_dict: StateDict, checkpoint_id: str | Path, **wanted: Any) -> None:
@@ -248,12 +279,20 @@ class _StorageSession:
 class _EngineSession:
     def __init__(self, backend: EngineBackend) -> None:
         self._backend = backend
+        self.takes = options.without(
+            options.taken_by_engine(backend.save, backend.load, backend.async_save, backend.present), backend.absent
+        )
 
-    def save(self, state_dict: StateDict, checkpoint_id: str | Path) -> None:
-        self._backend.save(state_dict, str(checkpoint_id))
+    def save(self, state_dict: StateDict, checkpoint_id: str | Path, **wanted: Any) -> None:
+        self._backend.save(state_dict, str(checkpoint_id), **wanted)
 
-    def load(self, state_dict: StateDict, checkpoint_id: str | Path) -> None:
-        self._backend.load(state_dict, str(checkpoint_id))
+    def async_save(self, state_dict: StateDict, checkpoint_id: str | Path, **wanted: Any) -> Any:
+        """Starts a save in the background and returns what the engine returns for it."""
+        assert self._backend.async_save is not None
+        return self._backend.async_save(state_dict, str(checkpoint_id), **wanted)
+
+    def load(self, state_dict: StateDict, checkpoint_id: str | Path, **wanted: Any) -> None:
+        self._backend.load(state_dict, str(checkpoint_id), **wanted)
 
     def metadata(self, checkpoint_id: str) -> Metadata | None:
         return self._backend.read_metadata(checkpoint_id) if self._backend.read_metadata else None

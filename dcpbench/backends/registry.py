@@ -13,17 +13,27 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from dcpbench.backends import parts
+from dcpbench.capabilities import CLOSED, check_names
 from dcpbench.errors import UsageError
 
 if TYPE_CHECKING:
     from dcpbench.backends.protocol import Backend
 
-__all__ = ["KNOWN", "check_spelling", "describe", "resolve"]
+__all__ = ["KNOWN", "SHIPPED", "absent_of", "check_spelling", "declared_absent", "describe", "resolve"]
 
 ENTRY_POINTS: Final = "dcpbench.backends"
 """The group of entry points under which installed packages offer their backends."""
 
 KNOWN: Final = {"torch": "dcpbench.backends.torch_dcp:BACKEND", "reference": "dcpbench.backends.reference_dcp:BACKEND"}
+"""The backends that are run unless others are named; what the one saves, the other loads."""
+
+SHIPPED: Final = {
+    **KNOWN,
+    "fsspec": "dcpbench.backends.fsspec_dcp:BACKEND",
+    "gathered": "dcpbench.backends.gathered:BACKEND",
+    "huggingface": "dcpbench.backends.huggingface_dcp:BACKEND",
+    "s3": "dcpbench.backends.s3_dcp:BACKEND",
+}
 """The backends that ship, by the name that users type."""
 
 _SPECIFICATION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -45,7 +55,7 @@ def check_spelling(specification: str) -> None:
 def _offered() -> dict[str, str]:
     """Returns where each backend lies that has a name: those that ship, and the entry points of installed packages."""
     found = {entry.name: entry.value for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
-    return {**found, **KNOWN}
+    return {**found, **SHIPPED}
 
 
 def _check_name(specification: str) -> None:
@@ -83,6 +93,7 @@ def _put_together(specification: str, sources: dict[str, str]) -> Backend:
     return replace(
         found["storage"],
         name=specification,
+        absent=tuple(dict.fromkeys(name for backend in found.values() for name in backend.absent)),
         engine=found["engine"].engine,
         save_planner=planner.save_planner or DefaultSavePlanner,
         load_planner=planner.load_planner or DefaultLoadPlanner,
@@ -121,14 +132,48 @@ def describe(_rank: int, _world_size: int, specification: str) -> dict[str, Any]
     """Runs on a rank: returns what a backend is, or why it cannot be used.
 
     Returns:
-        ``name`` and ``num_cuda_devices``; or ``problem``.
+        ``name``, ``num_cuda_devices``, ``has_location``, ``declared`` and ``absent``, both lists of capabilities; or
+        ``problem``.
     """
     import torch
 
     try:
-        return {"name": resolve(specification).name, "num_cuda_devices": torch.cuda.device_count()}
+        backend = resolve(specification)
+        return {
+            "name": backend.name,
+            "num_cuda_devices": torch.cuda.device_count(),
+            "declared": sorted(declared_absent(backend)),
+            "absent": sorted(absent_of(backend)),
+            "has_location": getattr(backend, "location", None) is not None,
+        }
     except UsageError as error:
         return {"problem": str(error)}
+
+
+def declared_absent(backend: Backend) -> frozenset[str]:
+    """Returns the capabilities that ``backend`` declares absent, and those that its kind of location rules out.
+
+    Raises:
+        UsageError: it names one that there is not.
+    """
+    names = getattr(backend, "absent", ())
+    if isinstance(names, str):
+        names = (names,)
+    check_names(names, f"absent of backend {backend.name!r}")
+    check_names(getattr(backend, "present", ()), f"present of backend {backend.name!r}")
+    is_elsewhere = getattr(backend, "location", None) is not None
+    return frozenset((*names, *(("local-folders",) if is_elsewhere else ())))
+
+
+def absent_of(backend: Backend) -> frozenset[str]:
+    """Returns the capabilities that ``backend`` lacks: those declared absent, and closed ones that do not show."""
+    from dcpbench.backends.options import CAPABILITY_OF
+
+    taken = getattr(backend.open(reuse=False), "takes", ())
+    shown = {CAPABILITY_OF[option] for option in taken if option in CAPABILITY_OF}
+    has_metadata = getattr(backend, "read_metadata", True) is not None
+    shown |= {"metadata"} if has_metadata else set()
+    return declared_absent(backend) | (CLOSED - shown)
 
 
 def _one_line(error: BaseException) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +16,15 @@ from torch.distributed.tensor import DTensor
 from dcpbench.backends import registry
 from dcpbench.backends.protocol import Session, StateDictFunctions, state_dict_functions
 from dcpbench.layout import Mesh
-from dcpbench.messages import Observation, RunStep
+from dcpbench.messages import ErrorReport, Observation, RunStep
 from dcpbench.models.app import App
 from dcpbench.models.case import AXES, TrainingCase, TrainingStep
 from dcpbench.models.loop import Loop
 from dcpbench.models.observed import TrainingView
 from dcpbench.models.places import leaves_of_state_dict
 from dcpbench.models.snapshot import digests_of, state_of
+from dcpbench.needs import TRAINING_NEEDS
+from dcpbench.ranks.act import place_of
 from dcpbench.ranks.meshes import mesh_of
 
 __all__ = ["run_training_step"]
@@ -43,7 +44,10 @@ def run_training_step(
     backend = registry.resolve(command.backend)
     session = backend.open(reuse=False)
     run = _Run(case, step, device, enter_phase, session, state_dict_functions(backend))
-    checkpoint_id = str(Path(command.root) / "ckpt")
+    if lacking := sorted(TRAINING_NEEDS & registry.declared_absent(backend)):
+        error = ErrorReport("Unsupported", f"the backend has no {', '.join(lacking)}", "")
+        return Observation(rank, command.world_size, command.step, step.action, "unsupported", "open", error)
+    checkpoint_id = str(place_of(command, "ckpt"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch has deprecated is under test as well
         view = run.load(checkpoint_id) if step.action == "load" else run.read(checkpoint_id)

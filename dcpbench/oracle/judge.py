@@ -12,7 +12,7 @@ from dcpbench.case import Case
 from dcpbench.case_files import AnyCase
 from dcpbench.messages import Observation
 from dcpbench.models.case import TrainingCase
-from dcpbench.oracle import objects, outcome, refusals, sources, tiling, values
+from dcpbench.oracle import absences, objects, outcome, refusals, sources, tiling, values
 from dcpbench.oracle.applies import rules_tested
 from dcpbench.oracle.training import judge_training
 from dcpbench.oracle.verdict import Finding, Verdict
@@ -25,7 +25,7 @@ def judge(case: AnyCase, observations: Sequence[Observation]) -> Verdict:
 
     PASS needs an observation of each rank for each step; where ranks could not connect to each other, or steps were
     never run although nothing went wrong before them, the verdict is UNKNOWN. It is UNSUPPORTED where the backend has
-    no such feature.
+    no such feature, or declares it absent and all ranks refused cleanly.
 
     Args:
         case: what was run.
@@ -39,8 +39,13 @@ def judge(case: AnyCase, observations: Sequence[Observation]) -> Verdict:
     if (own := next((seen for seen in observations if _is_our_own(seen)), None)) is not None:
         return Verdict("UNKNOWN", reason=f"dcpbench itself failed, in {own.phase}: {outcome.error_line(own)}")
     findings = tuple(_findings(case, observations))
+    absent = absences.lacking(observations)
+    if absent:
+        findings, refusal = _of_absent(case, observations, findings)
+        if refusal and not findings:
+            return Verdict("UNSUPPORTED", (), refusal, rules_tested(case, observations), absent)
     if findings:
-        return Verdict("FAIL", findings)
+        return Verdict("FAIL", findings, absent=absent)
     if (one := next((seen for seen in observations if seen.outcome == "unsupported"), None)) is not None:
         return Verdict("UNSUPPORTED", reason=outcome.error_line(one), checked=rules_tested(case, observations))
     last = next((seen.step for seen in observations if outcome.ends_the_case(case, seen)), None)
@@ -51,7 +56,20 @@ def judge(case: AnyCase, observations: Sequence[Observation]) -> Verdict:
     ]
     if missing:
         return Verdict("UNKNOWN", reason=f"steps {missing} were not observed on all ranks")
-    return Verdict("PASS", checked=rules_tested(case, observations))
+    return Verdict("PASS", checked=rules_tested(case, observations), absent=absent)
+
+
+def _of_absent(
+    case: Case, observations: Sequence[Observation], findings: tuple[Finding, ...]
+) -> tuple[tuple[Finding, ...], str]:
+    """Returns the findings on a case that needs what the backend declares absent, and how it was refused."""
+    first = min(seen.step for seen in observations if seen.lacks)
+    if before := tuple(found for found in findings if found.step < first):
+        return before, ""
+    found, refusal = absences.refused(case, observations)
+    if found or refusal:
+        return tuple(found), refusal
+    return tuple(absences.of_results(findings, absences.lacking(observations))), ""
 
 
 def _is_our_own(seen: Observation) -> bool:

@@ -51,12 +51,14 @@ class Verdict:
     Attributes:
         reason: why it is UNKNOWN or UNSUPPORTED; "" otherwise.
         checked: codes of the rules that the case puts to the test.
+        absent: capabilities that the case needs and the backend declares absent; with a PASS they work all the same.
     """
 
     status: Status
     findings: tuple[Finding, ...] = ()
     reason: str = ""
     checked: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
 
 
 class RuleBrokenError(AssertionError):

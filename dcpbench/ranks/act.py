@@ -20,7 +20,7 @@ from dcpbench.messages import ErrorReport, Observation, RunStep
 from dcpbench.ranks import materialize
 from dcpbench.ranks.disturb import disturb
 
-__all__ = ["Call", "Running", "arrange", "checkpoint_id", "perform"]
+__all__ = ["Call", "Running", "arrange", "checkpoint_id", "perform", "place_of"]
 
 
 @dataclass(slots=True)
@@ -75,11 +75,12 @@ def perform(call: Call) -> materialize.Built:
         case "wait":
             _finish(call.running, step.checkpoint)
         case "import":
-            file = f"{call.place}.pt"
+            file = str(Path(call.command.root) / f"{step.checkpoint}.pt")
             torch.save(built.state_dict, file)
             session.import_file(file, call.place)  # type: ignore[attr-defined]
         case "convert":
-            file, target = (str(Path(call.command.root) / f"{step.target}{ending}") for ending in (".pt", ""))
+            file = str(Path(call.command.root) / f"{step.target}.pt")
+            target = str(place_of(call.command, step.target))
             session.convert(call.place, file, target)  # type: ignore[attr-defined]
             found = torch.load(file, weights_only=False)
             return materialize.taken_from(call.command.case, call.command.step, found)
@@ -87,13 +88,10 @@ def perform(call: Call) -> materialize.Built:
 
 
 def _save_in_background(call: Call, taken: dict[str, Any]) -> None:
-    """Begins a save, and goes on at once as training does. A backend that knows no such thing just saves."""
+    """Begins a save, and goes on at once as training does."""
     step, session = call.command.case.steps[call.command.step], call.session
-    if "async_save" in getattr(session, "takes", ()):
-        future = session.async_save(call.built.state_dict, call.place, **taken)  # type: ignore[attr-defined]
-        call.running.pending[step.checkpoint] = future
-    else:
-        session.save(call.built.state_dict, call.place, **taken)
+    future = session.async_save(call.built.state_dict, call.place, **taken)  # type: ignore[attr-defined]
+    call.running.pending[step.checkpoint] = future
     call.enter_phase("disturb")
     disturb(call.command.case, call.command.step, call.rank, call.built)
     call.enter_phase(step.action)
@@ -105,10 +103,21 @@ def _finish(running: Running, checkpoint: str) -> None:
         getattr(future, "upload_completion", future).result()
 
 
+def place_of(command: RunStep, checkpoint: str) -> str | Path:
+    """Returns where a checkpoint of the case lies: below the folder of the case, or below its place elsewhere."""
+    if command.place is None:
+        return Path(command.root) / checkpoint
+    os.environ.update(command.place.environ)
+    return f"{command.place.prefix}/{checkpoint}"
+
+
 @contextmanager
 def checkpoint_id(command: RunStep) -> Iterator[str | Path]:
     """Yields the checkpoint_id in the form that the case asks for; a relative one holds inside only."""
     checkpoint = command.case.steps[command.step].checkpoint
+    if command.place is not None:
+        yield place_of(command, checkpoint)
+        return
     path = Path(command.root) / checkpoint
     form = command.case.options.id_form
     if form != "relative":

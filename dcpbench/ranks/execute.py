@@ -1,7 +1,7 @@
 """Runs one step of a case on one rank and observes it. Runs on ranks, called by the worker.
 
 Exceptions of the backend pass through: the worker's boundary turns them into observations. Only where a load is to be
-refused are they caught here, since the state dict that it leaves behind is to be seen too.
+refused, or may be, are they caught here, since the state dict that it leaves behind is to be seen too.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from dcpbench.backends.protocol import Session
 from dcpbench.messages import ErrorReport, Observation, RunStep
 from dcpbench.models.case import TrainingCase
 from dcpbench.models.run import run_training_step
+from dcpbench.needs import needs_of
 from dcpbench.ranks import materialize
-from dcpbench.ranks.act import Call, Running, arrange, checkpoint_id, perform
+from dcpbench.ranks.act import Call, Running, arrange, checkpoint_id, perform, place_of
 from dcpbench.ranks.blanks import blank, report
 from dcpbench.ranks.meter import Meter
 from dcpbench.ranks.observe import size_of, state_of, tables_of
@@ -62,19 +63,24 @@ def run_step(command: RunStep, rank: int, enter_phase: Callable[[str], None], de
         try:
             built = perform(call)
         except BaseException as error:
-            if step.action != "load" or step.misuse == "none":
+            if step.action != "load" or (step.misuse == "none" and not _lacks(command)):
                 raise
             state = state_of(case, command.step, rank, built)
             return replace(seen, outcome="raised", phase=step.action, error=report(error), **state)
     is_complete = step.action in ("save", "wait", "import") or (step.action == "async_save" and not step.is_left_open)
     if is_complete and step.misuse == "none" and rank == min(case.layouts[step.layout].members or (0,)):
         enter_phase("metadata")
-        path = str(Path(command.root) / step.checkpoint)
+        path = str(place_of(command, step.checkpoint))
         seen = replace(seen, tables=tables_of(session.metadata(path)), bytes_on_storage=size_of(Path(path)))
     enter_phase("observe")
     shows = step.action in ("save", "load", "convert")
     state = state_of(case, command.step, rank, built) if shows else {}
     return replace(seen, phase="observe", usage=meter.usage, **state)
+
+
+def _lacks(command: RunStep) -> bool:
+    """Reads as: the backend declares something absent that this step needs, and may refuse it."""
+    return bool(needs_of(command.case, command.step) & registry.declared_absent(registry.resolve(command.backend)))
 
 
 def _running_case(command: RunStep) -> Running:

@@ -19,7 +19,7 @@ from typing import Self, cast
 from dcpbench.case import Case
 from dcpbench.case_files import AnyCase
 from dcpbench.errors import expected
-from dcpbench.messages import Call, Observation, RunStep
+from dcpbench.messages import Call, Observation, Place, RunStep
 from dcpbench.models.case import TrainingStep
 from dcpbench.ranks.crew import Crew
 from dcpbench.ranks.exchange import Exchange
@@ -79,7 +79,13 @@ class RankPool:
         self._crew.close()
 
     def run(
-        self, case: AnyCase, backend: str, *, load_backend: str | None = None, on_fresh_group: bool = False
+        self,
+        case: AnyCase,
+        backend: str,
+        *,
+        load_backend: str | None = None,
+        place: Place | None = None,
+        on_fresh_group: bool = False,
     ) -> tuple[Observation, ...]:
         """Runs the steps of ``case`` in a fresh folder and returns what each rank saw of each step.
 
@@ -89,6 +95,7 @@ class RankPool:
             case: what to run.
             backend: specification of the backend that saves.
             load_backend: the backend that loads; None for the same.
+            place: where checkpoints lie, and the case gets a place of its own; None takes a fresh local folder.
             on_fresh_group: the ranks make a new process group, rather than keep one that served the case before.
 
         Raises:
@@ -101,6 +108,7 @@ class RankPool:
         if on_fresh_group:
             self._connected = 0
         seen: list[Observation] = []
+        own = None if place is None else replace(place, prefix=f"{place.prefix}/{root.parent.name}-{root.name}")
         try:
             steps: Sequence[Step | TrainingStep] = case.steps
             for number, step in enumerate(steps):
@@ -114,6 +122,7 @@ class RankPool:
                     backend=specification,
                     root=str(root),
                     distributed=layout.distributed,
+                    place=own,
                 )
                 observations = self._step(command, continues=number > 0)
                 seen += observations

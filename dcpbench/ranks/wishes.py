@@ -52,6 +52,8 @@ def features(case: Case, number: int) -> list[str]:
     needed = []
     if case.layouts[step.layout].members:
         needed.append("process_group")
+    if step.action == "async_save":
+        needed.append("async_save")
     if step.lenient:
         needed.append("allow_partial_load")
     if step.action in ("convert", "import"):

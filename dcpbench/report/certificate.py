@@ -11,7 +11,7 @@ import datetime
 import json
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,15 +26,17 @@ __all__ = [
     "Entry",
     "Failure",
     "Tally",
+    "Together",
     "entries_of",
     "now",
+    "together_of",
     "versions",
     "write_certificate",
 ]
 
 STATUSES = ("PASS", "FAIL", "UNSUPPORTED", "UNKNOWN")
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the JSON form; it grows with each change that a reader would notice."""
 
 Tally = Counter[tuple[str, str, str]]
@@ -66,6 +68,7 @@ class Entry:
         num_cases: how many cases put the rule to the test.
         num_broken: how many of them broke it.
         num_known: findings that the backend's own known defects explain.
+        num_unsupported: cases that would have put the rule to the test, had the backend not refused them.
         num_inherited: findings that are known defects of the parts of torch that the backend is built on.
         failure: the shrunk case that breaks the rule, where this run found one.
     """
@@ -77,6 +80,26 @@ class Entry:
     num_broken: int = 0
     num_known: int = 0
     num_inherited: int = 0
+    num_unsupported: int = 0
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True)
+class Together:
+    """What two backends did together: the one loaded what the other saved, or each brought parts.
+
+    Attributes:
+        name: who saves and who loads, or which part comes from where.
+        num_cases: how many cases put a rule to the test.
+        broken: rules that were broken, most basic first.
+        is_known: known defects of the two explain all of it.
+        failure: the shrunk case, where this run found one.
+    """
+
+    name: str
+    num_cases: int
+    broken: tuple[str, ...] = ()
+    is_known: bool = True
     failure: Failure | None = None
 
 
@@ -92,6 +115,9 @@ class Certificate:
         seed: Hypothesis's seed; ``derandomized`` where the cases are the same every time.
         seconds: how long the run took.
         versions: of dcpbench, torch, Python and the platform.
+        absent: the capabilities that each backend lacks.
+        together: how the backends worked with each other.
+        unmatched: backend and id of known defects that explained nothing in a run of all suites.
     """
 
     backends: tuple[str, ...]
@@ -105,6 +131,9 @@ class Certificate:
     seconds: float
     made_at: str
     versions: tuple[tuple[str, str], ...]
+    absent: tuple[tuple[str, ...], ...] = ()
+    together: tuple[Together, ...] = ()
+    unmatched: tuple[tuple[str, str], ...] = ()
     schema: int = SCHEMA
 
     def entry(self, rule: str, backend: str) -> Entry:
@@ -117,17 +146,36 @@ class Certificate:
 
     def failures(self, backend: str) -> list[Entry]:
         """Returns the broken rules of a backend, the most basic one first: what follows may be its consequence."""
-        broken = [e for e in self.entries if e.backend == backend and e.status == "FAIL"]
-        implied = {code for entry in broken for code in RULES[entry.rule].implies}
-        return sorted(broken, key=lambda entry: (entry.rule in implied, entry.rule))
+        broken = {e.rule: e for e in self.entries if e.backend == backend and e.status == "FAIL"}
+        return [broken[rule] for rule in _most_basic_first(broken)]
 
 
-def entries_of(backends: Sequence[str], tally: Tally, failures: Sequence[Failure]) -> tuple[Entry, ...]:
-    """Returns how each rule of the catalogue stands on each of ``backends``."""
-    return tuple(_entry(rule, backend, tally, failures) for rule in RULES for backend in backends)
+def _most_basic_first(broken: Collection[str]) -> list[str]:
+    implied = {code for rule in broken for code in RULES[rule].implies}
+    return sorted(broken, key=lambda rule: (rule in implied, rule))
 
 
-def _entry(rule: str, backend: str, tally: Tally, failures: Sequence[Failure]) -> Entry:
+def together_of(
+    backends: Sequence[str], num_cases: Mapping[str, int], tally: Tally, failures: Sequence[Failure]
+) -> tuple[Together, ...]:
+    """Returns how backends worked with each other: all that was counted under names other than ``backends``."""
+    found = []
+    for name in sorted(set(num_cases) - set(backends)):
+        broken = {rule for rule, who, how in tally if who == name and how in ("fail", "known", "inherited")}
+        failure = next((one for one in failures if one.backend == name), None)
+        is_known = failure is None and not any(tally[rule, name, "fail"] for rule in broken)
+        found.append(Together(name, num_cases[name], tuple(_most_basic_first(broken)), is_known, failure))
+    return tuple(found)
+
+
+def entries_of(
+    backends: Sequence[str], tally: Tally, failures: Sequence[Failure], absent: Mapping[str, Collection[str]]
+) -> tuple[Entry, ...]:
+    """Returns how each rule of the catalogue stands on each of ``backends``, which lack what ``absent`` says."""
+    return tuple(_entry(rule, name, tally, failures, absent.get(name, ())) for rule in RULES for name in backends)
+
+
+def _entry(rule: str, backend: str, tally: Tally, failures: Sequence[Failure], absent: Collection[str]) -> Entry:
     passed, failed, known, inherited, unsupported = (
         tally[rule, backend, how] for how in ("pass", "fail", "known", "inherited", "unsupported")
     )
@@ -137,9 +185,10 @@ def _entry(rule: str, backend: str, tally: Tally, failures: Sequence[Failure]) -
     elif passed:
         status = "PASS"
     else:
-        status = "UNSUPPORTED" if unsupported else "UNKNOWN"
+        status = "UNSUPPORTED" if unsupported or RULES[rule].capability in absent else "UNKNOWN"
     broken = failed + known
-    return Entry(rule, backend, status, passed + broken + inherited, broken, known, inherited, failure)
+    num_cases = passed + broken + inherited
+    return Entry(rule, backend, status, num_cases, broken, known, inherited, unsupported, failure)
 
 
 def versions() -> tuple[tuple[str, str], ...]:

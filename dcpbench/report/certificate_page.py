@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from html import escape
 
-from dcpbench.report.certificate import Certificate, Entry
+from dcpbench.report.certificate import Certificate, Entry, Together
 from dcpbench.rules import FAMILIES, RULES
 
 __all__ = ["as_html", "as_markdown"]
@@ -15,7 +15,7 @@ _MARKS = {"PASS": "✓", "FAIL": "✗", "UNSUPPORTED": "–", "UNKNOWN": "?"}
 _STATUSES = {
     "PASS": "put to the test, and never broken",
     "FAIL": "broken in at least one case",
-    "UNSUPPORTED": "needs a feature that the backend does not have",
+    "UNSUPPORTED": "needs a capability that the backend lacks, and refused on all ranks where a case asked for it",
     "UNKNOWN": "not put to the test in this run; never a pass",
 }
 
@@ -50,16 +50,23 @@ def as_markdown(certificate: Certificate) -> str:
     backends = certificate.backends
     lines = ["# dcpbench certificate", "", f"{_setting(certificate)}.", ""]
     lines += [f"- **{backend}**: {_summary(certificate, backend)}" for backend in backends]
+    lines += _lacks(certificate)
     lines += ["", "| rule | must | " + " | ".join(backends) + " |", "| --- | --- |" + " --- |" * len(backends)]
     for code, rule in RULES.items():
         cells = (_cell(certificate.entry(code, backend)) for backend in backends)
         lines.append(f"| {code} {rule.name} | {rule.sentence} | " + " | ".join(cells) + " |")
     lines += ["", *(f"- {_MARKS[status]} {status}: {text}" for status, text in _STATUSES.items())]
+    if certificate.together:
+        lines += ["", "## Together", "", "| who | cases | broken |", "| --- | --- | --- |"]
+        lines += [f"| {one.name} | {one.num_cases} | {_broken(one)} |" for one in certificate.together]
+    lines += ["", *_unmatched(certificate)] if certificate.unmatched else []
     for backend in backends:
         for entry in certificate.failures(backend):
             lines += ["", f"## {entry.rule} on {backend}", ""]
             lines += ["```", entry.failure.text, "```"] if entry.failure else [_without_case(entry)]
             lines += [f"\n{implied}" for implied in _implied(entry)]
+    for one in certificate.together:
+        lines += ["", f"## {one.failure.rule} on {one.name}", "", "```", one.failure.text, "```"] if one.failure else []
     return "\n".join(lines) + "\n"
 
 
@@ -77,7 +84,9 @@ def _body(certificate: Certificate) -> Iterator[str]:
     yield f"<h1>dcpbench certificate</h1>\n<p>{escape(_setting(certificate))}.</p>\n<ul>"
     for backend in certificate.backends:
         yield f"<li><b>{escape(backend)}</b>: {escape(_summary(certificate, backend))}</li>"
-    yield "</ul>\n<ul class='legend'>"
+    yield "</ul>"
+    yield from (f"<p class='about'>{escape(line.removeprefix('- '))}</p>" for line in _lacks(certificate) if line)
+    yield "<ul class='legend'>"
     for status, text in _STATUSES.items():
         yield f"<li>{_badge(status)} {status}: {text}</li>"
     yield "</ul>"
@@ -92,6 +101,17 @@ def _body(certificate: Certificate) -> Iterator[str]:
                 name = f"<span class='code'>{code}</span> {escape(rule.name)}"
                 yield f"<tr><td>{name}<div class='sentence'>{escape(rule.sentence)}</div></td>{cells}</tr>"
         yield "</table></div>"
+    if certificate.together:
+        yield "<h2>Together</h2>\n<p class='about'>The one loads what the other saved, or each brings parts.</p>"
+        yield "<div class='wide'><table>\n<tr><th>who</th><th>cases</th><th>broken</th></tr>"
+        for one in certificate.together:
+            yield f"<tr><td>{_breakable(one.name)}</td><td>{one.num_cases}</td><td>{escape(_broken(one))}</td></tr>"
+        yield "</table></div>"
+        shown = [one.failure for one in certificate.together if one.failure]
+        for failure in shown:
+            title = f"{failure.rule} on {failure.backend}"
+            yield f"<details><summary>{escape(title)}</summary><pre>{escape(failure.text)}</pre></details>"
+    yield from (f"<p>{escape(line)}</p>" for line in _unmatched(certificate))
     yield "<h2>Made with</h2>\n<p>" + ", ".join(f"{escape(n)} {escape(v)}" for n, v in certificate.versions) + "</p>"
 
 
@@ -138,7 +158,10 @@ def _count(entry: Entry) -> str:
     if entry.status == "FAIL":
         known = f", {entry.num_known} known" if entry.num_known else ""
         return f"{entry.num_broken} of {entry.num_cases}{known}"
-    return f"{entry.num_cases}" + (f", {entry.num_inherited} inherited" if entry.num_inherited else "")
+    counts = [f"{entry.num_cases}"] if entry.num_cases or entry.status == "PASS" else []
+    counts += [f"{entry.num_inherited} inherited"] if entry.num_inherited else []
+    counts += [f"{entry.num_unsupported} refused"] if entry.num_unsupported else []
+    return ", ".join(counts) or "no case"
 
 
 def _html_cell(entry: Entry) -> str:
@@ -151,6 +174,22 @@ def _badge(status: str) -> str:
 
 def _without_case(entry: Entry) -> str:
     return f"{entry.num_known} findings, all explained by known defects of {entry.backend}."
+
+
+def _lacks(certificate: Certificate) -> list[str]:
+    """Returns a line for each backend that lacks something."""
+    pairs = zip(certificate.backends, certificate.absent, strict=False)
+    return ["", *(f"- {backend} has no {', '.join(absent)}" for backend, absent in pairs if absent)]
+
+
+def _broken(one: Together) -> str:
+    if not one.broken:
+        return "nothing"
+    return ", ".join(one.broken) + (", all by known defects" if one.is_known else "")
+
+
+def _unmatched(certificate: Certificate) -> list[str]:
+    return [f"No case met the known defect {name!r} of {backend}." for backend, name in certificate.unmatched]
 
 
 def _implied(entry: Entry) -> list[str]:

@@ -23,6 +23,8 @@ def summary_lines(suite: SuiteSession) -> Iterator[str]:
         defect = next((d for d in suite.defects.get(backend, ()) if d.id == name), None)
         sentence = f": {defect.sentence}" if defect else ""
         yield f"known defect of {backend}, seen {number} times: {name}{sentence}"
+    for backend, name in suite.unmatched():
+        yield f"known defect of {backend} that no case of this run met: {name}; draw more cases, or narrow its facts"
     num_cases, num_explained = sum(suite.counts.values()), sum(suite.known.values())
     yield f"{num_cases} cases judged; {len(suite.known)} known defects seen, {num_explained} findings explained by them"
     if suite.first_verdict_s is not None:

@@ -1,12 +1,14 @@
 """Hypothesis strategies: shapes, dtypes, values, meshes, placements, whole cases. They run in the controller."""
 
 from dcpbench.strategies.cases import (
+    absences,
     async_saves,
     bad_async_saves,
     bad_loads,
     bad_saves,
     chains,
     changing_states,
+    concurrent_readers,
     conversions,
     lenient_loads,
     lonely_failures,
@@ -22,17 +24,20 @@ from dcpbench.strategies.cases import (
     switched,
     without_process_group,
 )
-from dcpbench.strategies.contents import contents, scope
+from dcpbench.strategies.contents import contents
 from dcpbench.strategies.layouts import layouts, meshes, placements
+from dcpbench.strategies.scope import scope
 from dcpbench.strategies.values import dtypes, shapes, values
 
 __all__ = [
+    "absences",
     "async_saves",
     "bad_async_saves",
     "bad_loads",
     "bad_saves",
     "chains",
     "changing_states",
+    "concurrent_readers",
     "contents",
     "conversions",
     "dtypes",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from dcpbench.case import Case, Disturbance, ObjectLeaf, Options, Part, Step
-from dcpbench.strategies.contents import contents, one_in, scope
+from dcpbench.strategies.contents import contents, one_in
 from dcpbench.strategies.layouts import layouts, world_sizes
+from dcpbench.strategies.scope import narrowed, scope
 
 __all__ = ["async_saves", "bad_async_saves"]
 
@@ -40,7 +41,7 @@ def async_saves(draw: st.DrawFn) -> Case:
         ]
     waits = [Step("wait", one.layout, one.checkpoint) for one in saves if one.is_left_open]
     loads = [Step("load", draw(st.integers(0, 1), label="load layout"), one.checkpoint) for one in saves]
-    return Case("async", draw(_seeds), tensors, objects, pair, (*saves, *waits, *loads), options)
+    return narrowed(Case("async", draw(_seeds), tensors, objects, pair, (*saves, *waits, *loads), options))
 
 
 @st.composite

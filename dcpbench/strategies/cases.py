@@ -10,20 +10,24 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from dcpbench.case import Case, Layout, LeafLayout, Mesh, Misuse, ObjectLeaf, Options, Part, Step, TensorLeaf
+from dcpbench.strategies.absences import absences
 from dcpbench.strategies.background import async_saves, bad_async_saves
-from dcpbench.strategies.contents import contents, one_in, scope
+from dcpbench.strategies.contents import contents, one_in
 from dcpbench.strategies.layouts import layouts, world_sizes
+from dcpbench.strategies.scope import narrowed, scope
 from dcpbench.strategies.sequences import chains, conversions, sequences, stateful_round_trips
 from dcpbench.strategies.stages import lonely_failures, process_groups, stages
 from dcpbench.strategies.switches import changing_states, lenient_loads, switched
 
 __all__ = [
+    "absences",
     "async_saves",
     "bad_async_saves",
     "bad_loads",
     "bad_saves",
     "chains",
     "changing_states",
+    "concurrent_readers",
     "conversions",
     "lenient_loads",
     "lonely_failures",
@@ -61,7 +65,7 @@ def resharding(draw: st.DrawFn) -> Case:
         draw(layouts(tensors, saved_on), label="save layout"),
         draw(layouts(tensors, loaded_on), label="load layout"),
     )
-    return Case("reshard", draw(_seeds), tensors, objects, pair, (Step("save", 0), Step("load", 1)))
+    return narrowed(Case("reshard", draw(_seeds), tensors, objects, pair, (Step("save", 0), Step("load", 1))))
 
 
 @st.composite
@@ -80,7 +84,7 @@ def multi_checkpoint(draw: st.DrawFn) -> Case:
     if draw(st.booleans(), label="load between the saves"):
         steps.insert(1, Step("load", 0, names[0]))
     options = Options(reuse=draw(st.booleans(), label="reuse"))
-    return Case("several", draw(_seeds), tensors, objects, pair, tuple(steps), options)
+    return narrowed(Case("several", draw(_seeds), tensors, objects, pair, tuple(steps), options))
 
 
 @st.composite
@@ -89,7 +93,20 @@ def without_process_group(draw: st.DrawFn) -> Case:
     tensors, objects = draw(contents())
     saved_on = draw(layouts(tensors, draw(world_sizes(scope.max_world_size), label="ranks")), label="save layout")
     alone = Layout(1, Mesh(("dp",), (1,), (0,)), tuple(LeafLayout() for _ in tensors), distributed=False)
-    return Case("alone", draw(_seeds), tensors, objects, (saved_on, alone), (Step("save", 0), Step("load", 1)))
+    return narrowed(
+        Case("alone", draw(_seeds), tensors, objects, (saved_on, alone), (Step("save", 0), Step("load", 1)))
+    )
+
+
+@st.composite
+def concurrent_readers(draw: st.DrawFn) -> Case:
+    """Draws a case that saves on N ranks and loads on all M ranks at once, each by itself, without a process group."""
+    tensors, objects = draw(contents())
+    saved_on = draw(layouts(tensors, draw(world_sizes(scope.max_world_size), label="ranks")), label="save layout")
+    num_readers = draw(world_sizes(scope.max_world_size), label="readers")
+    mesh = Mesh(("dp",), (num_readers,), tuple(range(num_readers)))
+    readers = Layout(num_readers, mesh, tuple(LeafLayout() for _ in tensors), distributed=False)
+    return Case("readers", draw(_seeds), tensors, objects, (saved_on, readers), (Step("save", 0), Step("load", 1)))
 
 
 @st.composite
@@ -118,7 +135,7 @@ def partial_loads(draw: st.DrawFn) -> Case:
     keep = [] if len(may_go) < len(case.leaves) else may_go[:1]
     may_go = [number for number in may_go if number not in keep]
     without = tuple(number for number in may_go if draw(st.booleans(), label="left out"))
-    return replace(case, family="partial", steps=(Step("save", 0), Step("load", 1, without=without)))
+    return narrowed(replace(case, family="partial", steps=(Step("save", 0), Step("load", 1, without=without))))
 
 
 @st.composite
@@ -142,12 +159,12 @@ def bad_loads(draw: st.DrawFn) -> Case:
             kinds.insert(0, "smaller")
     misuse = draw(st.sampled_from(kinds), label="misuse")
     if misuse == "no-checkpoint":
-        return Case("refuse", 0, tensors, objects, pair, (Step("load", 1, "absent", misuse="no-checkpoint"),))
+        return narrowed(Case("refuse", 0, tensors, objects, pair, (Step("load", 1, "absent", misuse="no-checkpoint"),)))
     on = None
     if misuse == "unknown-key" and world > 1 and not one_in(draw, 2, "on all ranks"):
         on = draw(st.sampled_from([*range(1, world), 0]), label="rank")
     steps = (Step("save", 0), Step("load", 1, misuse=misuse, misused=number, misused_on=on))
-    return Case("refuse", draw(_seeds), tensors, objects, pair, steps)
+    return narrowed(Case("refuse", draw(_seeds), tensors, objects, pair, steps))
 
 
 @st.composite

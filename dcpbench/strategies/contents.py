@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from hypothesis import strategies as st
 
 from dcpbench.case import ObjectLeaf, Part, TensorLeaf
+from dcpbench.strategies.scope import scope
 from dcpbench.strategies.values import alike, dtypes, keys, shapes, values
 
-__all__ = ["MAY_REQUIRE_GRAD", "contents", "leaf_paths", "one_in", "scope"]
+__all__ = ["MAY_REQUIRE_GRAD", "contents", "leaf_paths", "one_in"]
 
-
-@dataclass(slots=True)
-class Scope:
-    """What cases may ask for. The pytest plugin sets the one of the session, :data:`scope`, from its options.
-
-    Attributes:
-        max_world_size: the largest world that a case may use.
-        max_tensors, max_objects: leaves per case; a long list now and then has more.
-    """
-
-    max_world_size: int = 4
-    max_tensors: int = 4
-    max_objects: int = 3
-
-
-scope = Scope()
-"""Read at each draw, since strategies are built when a suite is imported, before the options are known."""
 
 LARGE_SHAPES = ((257, 1031), (65_537,), (3, 300, 200))
 """Beyond the buffers and block sizes that an implementation may have: a quarter of a million elements and less."""
@@ -86,9 +68,11 @@ def contents(draw: st.DrawFn) -> tuple[tuple[TensorLeaf, ...], tuple[ObjectLeaf,
     Now and then a tensor is large, expanded, a parameter, or the very same as an earlier one; now and then the tensors
     are a long list.
     """
-    num_tensors = draw(st.sampled_from([n for n in (1, 2, 3, 4, 2, 3, 0) if n <= scope.max_tensors]), label="tensors")
+    has_objects = scope.has("objects")
+    numbers = [n for n in (1, 2, 3, 4, 2, 3, 0) if n <= scope.max_tensors and (n or has_objects)]
+    num_tensors = draw(st.sampled_from(numbers), label="tensors")
     least = 1 if num_tensors == 0 else 0
-    num_objects = draw(st.integers(least, max(least, scope.max_objects)), label="objects")
+    num_objects = draw(st.integers(least, max(least, scope.max_objects)), label="objects") if has_objects else 0
     if one_in(draw, 16, "long list"):
         tensors = [TensorLeaf((Part("key", "list"), Part("index", n)), (n + 1,)) for n in range(LONG_LIST)]
         value = draw(values(), label="value")

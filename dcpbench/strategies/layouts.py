@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from hypothesis import strategies as st
 
 from dcpbench.case import Layout, LeafLayout, MemoryForm, Mesh, Placement, TensorLeaf
+from dcpbench.strategies.scope import scope
 
 __all__ = ["layouts", "meshes", "placements", "world_sizes"]
 
@@ -100,7 +101,8 @@ def layouts(draw: st.DrawFn, tensors: Sequence[TensorLeaf], world_size: int, *, 
             leaves.append(leaves[tensor.tied_to])
             continue
         is_plain = draw(st.sampled_from([False, False, False, True]))
-        placed = None if is_plain else draw(placements(len(tensor.shape), mesh))
+        is_bent = scope.has("strided-shards")
+        placed = None if is_plain else draw(placements(len(tensor.shape), mesh, strided=is_bent))
         leaves.append(
             LeafLayout(placed, draw(st.sampled_from(_COMPLEX_FORMS if tensor.dtype.startswith("complex") else _FORMS)))
         )

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from dcpbench.models.case import AXES, Parallelism, ParallelismKind
 from dcpbench.models.tree import Block, BlockKind, ModelSpec
-from dcpbench.strategies.contents import one_in, scope
+from dcpbench.strategies.contents import one_in
+from dcpbench.strategies.scope import scope
 
 __all__ = ["SMALL", "model_specs", "parallelisms"]
 

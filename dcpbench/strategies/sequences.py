@@ -10,8 +10,9 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from dcpbench.case import Case, Layout, LeafLayout, Mesh, ObjectLeaf, Options, Part, Step, TensorLeaf
-from dcpbench.strategies.contents import contents, scope
+from dcpbench.strategies.contents import contents
 from dcpbench.strategies.layouts import layouts, world_sizes
+from dcpbench.strategies.scope import narrowed, scope
 
 __all__ = ["chains", "conversions", "sequences", "stateful_round_trips"]
 
@@ -36,7 +37,7 @@ def chains(draw: st.DrawFn) -> Case:
     for hop, layout in enumerate(path):
         steps += [Step("load", layout, f"hop-{hop}"), Step("save", layout, f"hop-{hop + 1}", resaves=True)]
     steps.append(Step("load", 0, f"hop-{len(path)}"))
-    return Case("chain", draw(_seeds), tensors, objects, found, tuple(steps))
+    return narrowed(Case("chain", draw(_seeds), tensors, objects, found, tuple(steps)))
 
 
 @st.composite
@@ -71,7 +72,7 @@ def stateful_round_trips(draw: st.DrawFn) -> Case:
     nested = [leaf.path for leaf in leaves if len(leaf.path) > 1 and leaf.path[1].kind == "key"]
     statefuls = tuple(dict.fromkeys(str(path[0].value) for path in nested))
     steps = (Step("save", 0), Step("load", 1))
-    return Case("stateful", draw(_seeds), tensors, objects, pair, steps, Options(statefuls=statefuls))
+    return narrowed(Case("stateful", draw(_seeds), tensors, objects, pair, steps, Options(statefuls=statefuls)))
 
 
 @st.composite
@@ -94,7 +95,15 @@ def sequences(draw: st.DrawFn) -> Case:
         maker.add()
     if maker.held and maker.steps[-1].action != "load":
         maker.add("load")
-    return Case("sequence", draw(_seeds), tensors, objects, found, tuple(maker.steps), options)
+    return narrowed(Case("sequence", draw(_seeds), tensors, objects, found, tuple(maker.steps), options))
+
+
+_NEEDED = {
+    "async_save": "async",
+    "save over": "overwrite",
+    **dict.fromkeys(("copy", "rename", "delete"), "local-folders"),
+}
+"""The capability that a kind of step is about."""
 
 
 class _Maker:
@@ -117,6 +126,7 @@ class _Maker:
         kinds = ["save", "async_save"]
         if self.held:
             kinds += ["load", "load", "load", "save over", "copy", "rename", "delete", *self._resave()]
+        kinds = [kind for kind in kinds if scope.has(_NEEDED.get(kind, ""))]
         if self.gone:
             kinds.append("load of what is gone")
         if self.has_objects:
@@ -125,13 +135,13 @@ class _Maker:
         layout = self.draw(st.integers(0, 1), label="layout")
         match kind:
             case "save" | "async_save":
-                self._save(kind, layout, self._name(_NAMES))
+                self._save(kind, layout, self._name(self._free(_NAMES)))
             case "save over":
                 self._save("save", layout, self._name(tuple(self.held)))
             case "load":
                 self.steps.append(Step("load", layout, self._name(tuple(self.held))))
             case "resave":
-                loaded, name = self.steps[-1], self._name(_NAMES)
+                loaded, name = self.steps[-1], self._name(self._free(_NAMES))
                 self.steps.append(Step("save", loaded.layout, name, self.held[loaded.checkpoint], resaves=True))
                 self._put(name, self.held[loaded.checkpoint])
             case "load of what is gone":
@@ -142,6 +152,12 @@ class _Maker:
                 self.steps.append(Step("save", layout, "bad", misuse="unsavable", misused=number))
             case _:
                 self._arrange(kind)
+
+    def _free(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Returns those of ``names`` that a save may take; where no save may be over another, the unused ones."""
+        if scope.has("overwrite"):
+            return names
+        return tuple(name for name in names if name not in self.held) or (f"more-{self.version}",)
 
     def _save(self, action: str, layout: int, name: str) -> None:
         is_over = name in self.held

@@ -11,8 +11,9 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from dcpbench.case import Case, Holders, Layout, LeafLayout, Mesh, ObjectLeaf, Options, Part, Step, TensorLeaf
-from dcpbench.strategies.contents import contents, one_in, scope
+from dcpbench.strategies.contents import contents, one_in
 from dcpbench.strategies.layouts import layouts, meshes, placements, world_sizes
+from dcpbench.strategies.scope import narrowed, scope
 
 __all__ = ["lonely_failures", "process_groups", "stages"]
 
@@ -33,7 +34,7 @@ def stages(draw: st.DrawFn) -> Case:
         for what in ("saving", "loading")
     )
     steps = (Step("save", 0), Step("load", 1, may_refuse=bool(loaded_on.holders)))
-    return Case("stages", draw(_seeds), tensors, objects, (saved_on, loaded_on), steps)
+    return narrowed(Case("stages", draw(_seeds), tensors, objects, (saved_on, loaded_on), steps))
 
 
 @st.composite
@@ -51,7 +52,8 @@ def _staged(draw: st.DrawFn, tensors: Sequence[TensorLeaf], objects: Sequence[Ob
         held_by.append(Holders(number, tuple(sorted(ranks))))
         if number < len(tensors) and placed[number].placements is not None:
             mesh = draw(_meshes_of(ranks), label="mesh")
-            placement = draw(placements(len(tensors[number].shape), mesh), label="placements")
+            is_bent = scope.has("strided-shards")
+            placement = draw(placements(len(tensors[number].shape), mesh, strided=is_bent), label="placements")
             placed[number] = LeafLayout(placement, placed[number].memory, mesh)
     return replace(layout, leaves=tuple(placed), holders=tuple(held_by))
 
@@ -74,7 +76,8 @@ def lonely_failures(draw: st.DrawFn) -> Case:
     world_size = draw(st.sampled_from(range(min(2, scope.max_world_size), scope.max_world_size + 1)), label="ranks")
     rank = draw(st.sampled_from(range(world_size)), label="failing rank")
     layout = draw(layouts(tensors, world_size), label="layout")
-    kind = draw(st.sampled_from(["save", "async_save", "stateful"]), label="kind")
+    kinds = {"save": "", "async_save": "async", "stateful": "statefuls"}
+    kind = draw(st.sampled_from([kind for kind, needed in kinds.items() if scope.has(needed)]), label="kind")
     if kind == "stateful":
         value = ObjectLeaf((Part("key", "trainer"), Part("key", "step")), {"int": "1"})
         step = Step("save", 0, misuse="failing-stateful", misused_on=rank)
@@ -101,7 +104,7 @@ def process_groups(draw: st.DrawFn) -> Case:
     pair = tuple(draw(_within(tensors, tuple(sorted(members)), world_size)) for members in (saved_by, loaded_by))
     if one_in(draw, 3, "loaded by all"):
         pair = (pair[0], draw(layouts(tensors, world_size), label="load layout"))
-    return Case("group", draw(_seeds), tensors, objects, pair, (Step("save", 0), Step("load", 1)))
+    return narrowed(Case("group", draw(_seeds), tensors, objects, pair, (Step("save", 0), Step("load", 1))))
 
 
 @st.composite

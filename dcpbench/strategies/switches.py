@@ -11,8 +11,9 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from dcpbench.case import Case, IdForm, Layout, ObjectLeaf, Options, Part, Step, TensorLeaf
-from dcpbench.strategies.contents import MAY_REQUIRE_GRAD, contents, one_in, scope
+from dcpbench.strategies.contents import MAY_REQUIRE_GRAD, contents, one_in
 from dcpbench.strategies.layouts import layouts, world_sizes
+from dcpbench.strategies.scope import narrowed, scope
 from dcpbench.strategies.values import dtypes
 
 __all__ = ["changing_states", "lenient_loads", "switched", "with_switches"]
@@ -28,7 +29,8 @@ def with_switches(draw: st.DrawFn, case: Case) -> Case:
 
     Where state dicts are not flattened, as planners may be told, all keys are at the top.
     """
-    name = draw(st.sampled_from(_NAMES), label="checkpoint")
+    names = _NAMES if scope.has("local-folders") else _NAMES[:1]
+    name = draw(st.sampled_from(names), label="checkpoint")
     is_flattened = not one_in(draw, 6, "not flattened")
     if not is_flattened:
         case = replace(
@@ -45,7 +47,8 @@ def with_switches(draw: st.DrawFn, case: Case) -> Case:
         has_file_per_item=one_in(draw, 3, "a file per item"),
         num_threads=draw(st.sampled_from([1, 1, 3]), label="threads"),
     )
-    return replace(case, steps=tuple(replace(step, checkpoint=name) for step in case.steps), options=options)
+    renamed = tuple(replace(step, checkpoint=name) for step in case.steps)
+    return narrowed(replace(case, steps=renamed, options=options))
 
 
 @st.composite
@@ -77,7 +80,7 @@ def lenient_loads(draw: st.DrawFn) -> Case:
     steps = (Step("save", 0, without=without), Step("load", 1, lenient=True))
     if one_in(draw, 3, "over an older one"):
         steps = (Step("save", 0, version=1), replace(steps[0], may_refuse=True), steps[1])
-    return Case("lenient", draw(_seeds), tensors, objects, pair, steps)
+    return narrowed(Case("lenient", draw(_seeds), tensors, objects, pair, steps))
 
 
 @st.composite
@@ -114,7 +117,7 @@ def changing_states(draw: st.DrawFn) -> Case:
         saves.append(Step("save", layout, f"step-{number}", version, without=without))
     loads = [Step("load", draw(st.integers(0, 1)), one.checkpoint, without=one.without) for one in reversed(saves)]
     options = Options(reuse=draw(st.booleans(), label="reuse"), caches_plans=draw(st.booleans(), label="caching"))
-    return Case("changing", draw(_seeds), tensors, objects, pair, (*saves, *loads), options)
+    return narrowed(Case("changing", draw(_seeds), tensors, objects, pair, (*saves, *loads), options))
 
 
 @st.composite

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dcpbench import objects, sample_types
 from dcpbench.content import DTYPES
+from dcpbench.strategies.scope import scope
 
 __all__ = ["alike", "dtypes", "keys", "shapes", "values"]
 
@@ -24,8 +25,8 @@ _SIZES = (5, 7, 1, 2, 3, 4, 6, 8, 11, 13, 16, 0, 17, 23, 31, 64, 5, 7, 9, 10)
 
 
 def dtypes() -> st.SearchStrategy[str]:
-    """Returns a strategy for every dtype that torch can store. Shrinks towards float32."""
-    return st.sampled_from(list(DTYPES))
+    """Returns a strategy for every dtype that torch can store and the backend takes. Shrinks towards float32."""
+    return st.sampled_from([dtype for dtype in DTYPES if scope.takes_dtype(dtype)])
 
 
 def shapes(max_dims: int = 4) -> st.SearchStrategy[tuple[int, ...]]:
@@ -33,8 +34,10 @@ def shapes(max_dims: int = 4) -> st.SearchStrategy[tuple[int, ...]]:
 
     A shape has at most 2048 elements: further dims are cut to what is left. Shrinks towards one dim of 5.
     """
-    few_dims = st.sampled_from([n for n in (1, 2, 1, 2, 0, 3, 3, 4) if n <= max_dims])
-    return few_dims.flatmap(lambda n: st.tuples(*[st.sampled_from(_SIZES)] * n)).map(_cut)
+    least = 0 if scope.has("scalar-tensors") else 1
+    few_dims = st.sampled_from([n for n in (1, 2, 1, 2, 0, 3, 3, 4) if least <= n <= max_dims])
+    sizes = _SIZES if scope.has("empty-tensors") else tuple(size for size in _SIZES if size)
+    return few_dims.flatmap(lambda n: st.tuples(*[st.sampled_from(sizes)] * n)).map(_cut)
 
 
 def _cut(shape: tuple[int, ...]) -> tuple[int, ...]:
