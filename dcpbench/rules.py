@@ -10,11 +10,13 @@ from dataclasses import replace
 from typing import Final
 
 from dcpbench.fault_rules import FAULT_RULES
+from dcpbench.protocol_rules import PROTOCOL_RULES
 from dcpbench.rule import Rule
 
 __all__ = ["FAMILIES", "RULES", "Rule", "as_markdown"]
 
 FAMILIES: Final = {
+    "protocol": "A storage and a pair of planners keep to what their interfaces say, whatever plugs in on the other side.",
     "values": "What was saved is what is loaded, bit for bit.",
     "identity": "A load writes into the memory that it was given, and nowhere else; a save writes to none.",
     "tiling": "The metadata describes each element of each tensor once.",
@@ -33,6 +35,10 @@ _METADATA = "torch.distributed.checkpoint.metadata (source), DefaultSavePlanner'
 
 
 _IMPLIES: Final = {
+    "R002": ("R101",),
+    "R011": ("R301", "R302"),
+    "R014": ("R107",),
+    "R015": ("R101",),
     "R102": ("R101",),
     "R103": ("R101", "R107"),
     "R104": ("R402",),
@@ -54,6 +60,7 @@ _IMPLIES: Final = {
 
 
 _ALL = (
+    *PROTOCOL_RULES,
     Rule(
         "R101",
         "wrong-bytes",
