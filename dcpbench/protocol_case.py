@@ -1,7 +1,8 @@
 """`ProtocolCase`: one generated run of virtual ranks against a storage or a pair of planners, as plain frozen data.
 
-Where a `Case` says what users do, this says what an engine does with the parts that plug into it: which rank plans which
-item, in which order the ranks go on, which call fails. It goes to JSON and back, holds no tensor and names no backend.
+Where a `Case` says what users do, this says what an engine does with the parts that plug into it: which rank plans
+which item, in which order the ranks go on, which call fails. It goes to JSON and back, holds no tensor and names no
+backend.
 """
 
 from __future__ import annotations
@@ -150,19 +151,6 @@ class ProtocolCase:
     def id(self) -> str:
         """A readable id: what is under test and eight hex digits of the content."""
         return f"{self.part}-{hashlib.sha256(self.dumps().encode()).hexdigest()[:8]}"
-
-    def source_of(self, number: int) -> int | None:
-        """Returns the last save of the checkpoint of step ``number`` before it that was not stopped; None if none."""
-        name = self.steps[number].checkpoint
-        whole = [n for n in range(number) if self.steps[n].saves and self.steps[n].halt is None]
-        return next((n for n in reversed(whole) if self.steps[n].checkpoint == name), None)
-
-    def stopped_since(self, number: int) -> list[int]:
-        """Returns the saves of the checkpoint of step ``number`` that were stopped after its source."""
-        source, name = self.source_of(number), self.steps[number].checkpoint
-        first = 0 if source is None else source + 1
-        steps = self.steps
-        return [n for n in range(first, number) if steps[n].saves and steps[n].halt and steps[n].checkpoint == name]
 
     def content(self, leaf: int, version: int, box: Box | None) -> bytes:
         """Returns the bytes of a box of a leaf, row-major, as step ``version`` saves it; of an object, all of it."""

@@ -12,7 +12,7 @@ _WRITER = "torch.distributed.checkpoint.StorageWriter (documentation)"
 _READER = "torch.distributed.checkpoint.StorageReader (documentation)"
 _SAVE_PLANNER = "torch.distributed.checkpoint.SavePlanner (documentation)"
 _LOAD_PLANNER = "torch.distributed.checkpoint.LoadPlanner (documentation)"
-_ITEMS = "torch.distributed.checkpoint.planner (source): WriteItem, ReadItem; the index hint of MetadataIndex is optional"
+_ITEMS = "torch.distributed.checkpoint.planner (source): WriteItem, ReadItem; MetadataIndex has an optional hint"
 _FAILURES = "torch.distributed.checkpoint.CheckpointException: failures of any rank reach all ranks"
 
 PROTOCOL_RULES: Final = (
@@ -76,7 +76,7 @@ PROTOCOL_RULES: Final = (
         "R008",
         "swallowed-error",
         "protocol",
-        "An error in any call, those of a storage to the planner too, must end the step on all ranks and name the rank.",
+        "An error in any call, a storage's calls of the planner too, must end the step on all ranks and name the rank.",
         _FAILURES,
         "skips_what_fails",
     ),

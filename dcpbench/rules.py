@@ -16,7 +16,7 @@ from dcpbench.rule import Rule
 __all__ = ["FAMILIES", "RULES", "Rule", "as_markdown"]
 
 FAMILIES: Final = {
-    "protocol": "A storage and a pair of planners keep to what their interfaces say, whatever plugs in on the other side.",
+    "protocol": "Storages and planners keep to what their interfaces say, whatever plugs in on the other side.",
     "values": "What was saved is what is loaded, bit for bit.",
     "identity": "A load writes into the memory that it was given, and nowhere else; a save writes to none.",
     "tiling": "The metadata describes each element of each tensor once.",

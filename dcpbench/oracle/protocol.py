@@ -15,11 +15,12 @@ from dcpbench.geometry import Box, tiling_fault
 from dcpbench.messages import Observation
 from dcpbench.oracle import outcome
 from dcpbench.oracle.verdict import Finding, Verdict
-from dcpbench.protocol_case import BY_STORAGE, ProtocolCase
+from dcpbench.protocol_case import ProtocolCase
 from dcpbench.protocol_seen import Filled, Planned, ProtocolSeen, StepSeen
 
 __all__ = ["judge_protocol", "may_fail", "protocol_findings"]
 
+_Facts = tuple[tuple[str, str], ...]
 _STORAGE = ("R001", "R002", "R003", "R004", "R005")
 _PLANNER = ("R001", "R011", "R012", "R013", "R014", "R015")
 
@@ -132,6 +133,7 @@ def _halted(case: ProtocolCase, number: int, seen: StepSeen) -> Iterator[Finding
     halt = case.steps[number].halt
     assert halt is not None
     what = f"{halt.call} {'fails' if halt.kind == 'raises' else 'is where the process ends'} on rank {halt.rank}"
+    facts: _Facts
     for rank, end in enumerate(seen.ends):
         if end.outcome == "ok":
             facts = (("expected", "an error on each rank"), ("got", f"rank {rank} returned"))
@@ -157,6 +159,7 @@ def _results(case: ProtocolCase, number: int, seen: StepSeen) -> Iterator[Findin
 
 
 def _plans(case: ProtocolCase, number: int, seen: StepSeen) -> Iterator[Finding]:
+    facts: _Facts
     for leaf, one in enumerate(case.leaves):
         items = [item for item in seen.planned if item.fqn == one.fqn]
         if not one.dtype:
@@ -212,6 +215,7 @@ def _loaded(
     case: ProtocolCase, number: int, seen: StepSeen, versions: set[int | None], steps: Sequence[StepSeen]
 ) -> Iterator[Finding]:
     source = next((n for n in sorted(v for v in versions if v is not None) if _is_all(case, number, seen, n)), None)
+    facts: _Facts
     if source is not None:
         if case.part == "storage":
             late = next((one for one in seen.filled if not one.is_committed), None)
@@ -291,19 +295,19 @@ def _because(finding: Finding, rule: str, reason: str) -> Finding:
     return replace(finding, rule=rule, facts=(*finding.facts, ("because", reason)))
 
 
-def _finding(
+def _finding(  # noqa: PLR0917  as of a Finding
     case: ProtocolCase,
     number: int,
     rule: str,
     headline: str,
-    facts: tuple[tuple[str, str], ...],
+    facts: _Facts,
     fqn: str = "",
     rank: int = 0,
 ) -> Finding:
     return Finding(rule, headline, (*facts, *_setting(case, number)), fqn=fqn, rank=rank, step=number)
 
 
-def _setting(case: ProtocolCase, number: int) -> tuple[tuple[str, str], ...]:
+def _setting(case: ProtocolCase, number: int) -> _Facts:
     step = case.steps[number]
     halt = step.halt
     where = f"step {number}, a {step.action} of {step.checkpoint!r} by {step.world_size} virtual ranks"

@@ -1,8 +1,8 @@
 """Virtual ranks in one process: the reference's engine, driven in any legal order, with any storage or planners.
 
-    ProtocolCase --> run: one generator per rank --> schedule: who goes on next --> ProtocolSeen --> oracle.protocol
-                        |                               |
-                     watch: stops a rank at a call   fibres: turns at each call
+ProtocolCase --> run: one generator per rank --> schedule: who goes on next --> ProtocolSeen --> oracle.protocol
+                   |                               |
+                   watch: stops a rank at a call   fibres: turns at each call
 """
 
 from dcpbench.simulate.fibres import Killed, pause

@@ -7,6 +7,7 @@ wait for it, as a process group does; ranks that wait for one that has ended oth
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -102,18 +103,19 @@ def every_order(make: Callable[[Choose], Any], limit: int = 1_000_000) -> Iterat
     for _ in range(limit):
         taken: list[tuple[int, int]] = []
 
-        def choose(ready: Sequence[int], taken: list[tuple[int, int]] = taken) -> int:
-            at = prefix[len(taken)] if len(taken) < len(prefix) else 0
-            taken.append((at, len(ready)))
-            return at
-
-        yield make(choose)
+        yield make(functools.partial(_next_choice, prefix, taken))
         while taken and taken[-1][0] + 1 == taken[-1][1]:
             taken.pop()
         if not taken:
             return
         prefix = [at for at, _ in taken]
         prefix[-1] += 1
+
+
+def _next_choice(prefix: list[int], taken: list[tuple[int, int]], ready: Sequence[int]) -> int:
+    at = prefix[len(taken)] if len(taken) < len(prefix) else 0
+    taken.append((at, len(ready)))
+    return at
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,12 @@ from dcpbench.protocol_case import Halt
 from dcpbench.simulate.fibres import kill, pause
 
 __all__ = ["PlannedFailure", "Watch"]
+
+
+@functools.cache
+def _signature(function: Callable[..., Any], is_bound: bool) -> inspect.Signature:
+    found = inspect.signature(function)
+    return found.replace(parameters=list(found.parameters.values())[1:]) if is_bound else found
 
 
 class PlannedFailure(RuntimeError):
@@ -69,7 +76,6 @@ class Watch:
     def _watched(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         depth = 0
 
-        @functools.wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal depth
             if depth:
@@ -80,6 +86,9 @@ class Watch:
             finally:
                 depth -= 1
 
+        # what `functools.wraps` does, and the signature found once: engines ask for it in each step
+        vars(call).update(getattr(method, "__dict__", {}))
+        call.__signature__ = _signature(getattr(method, "__func__", method), hasattr(method, "__self__"))  # type: ignore[attr-defined]
         return call
 
     def _hooked(self, name: str, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

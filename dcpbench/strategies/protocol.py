@@ -6,6 +6,7 @@ All shrink towards one rank, one small leaf, one save and one load, in rank orde
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from hypothesis import strategies as st
 
@@ -190,9 +191,9 @@ def _planned(draw: st.DrawFn, leaves: tuple[ProtocolLeaf, ...], action: str) -> 
 
 def _stopped(draw: st.DrawFn, step: ProtocolStep) -> ProtocolStep:
     part = "planner" if step.layout is not None else "storage"
-    kind = draw(st.sampled_from(("raises", "dies")), label="how it stops")
+    kind: Literal["raises", "dies"] = draw(st.sampled_from(("raises", "dies")), label="how it stops")
     calls = [call for call in CALLS[part, step.action] if kind == "raises" or call not in BY_STORAGE]
     call = draw(st.sampled_from(calls), label="where it stops")
     rank = 0 if call in ON_COORDINATOR else draw(st.integers(0, step.world_size - 1), label="which rank stops")
-    when = draw(st.sampled_from(("before", "after")), label="when")
+    when: Literal["before", "after"] = draw(st.sampled_from(("before", "after")), label="when")
     return replace(step, halt=Halt(rank, call, kind, when))
