@@ -22,7 +22,7 @@ from dcpbench.oracle.verdict import Finding, RuleBrokenError, Verdict
 if TYPE_CHECKING:
     from dcpbench.backends.protocol import EngineBackend, PlannerBackend, StorageBackend
     from dcpbench.profiles import share
-    from dcpbench.strategies import cases, training
+    from dcpbench.strategies import cases, protocol, training
 
 __all__ = [
     "Case",
@@ -37,6 +37,7 @@ __all__ = [
     "cases",
     "judge",
     "load_case",
+    "protocol",
     "share",
     "training",
 ]
@@ -52,7 +53,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("cases", "training"):
+    if name in ("cases", "protocol", "training"):
         return importlib.import_module(f"dcpbench.strategies.{name}")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)

@@ -1,4 +1,4 @@
-"""Case files of either kind: of plain state dicts (`Case`) and of training (`TrainingCase`)."""
+"""Case files of each kind: of plain state dicts (`Case`), of training (`TrainingCase`), of parts (`ProtocolCase`)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from dcpbench import codec
 from dcpbench.case import Case
 from dcpbench.errors import MalformedFile, UsageError
 from dcpbench.models.case import TrainingCase
+from dcpbench.protocol_case import ProtocolCase
 
 __all__ = ["AnyCase", "load_case", "loads_case"]
 
-AnyCase = Case | TrainingCase
+AnyCase = Case | TrainingCase | ProtocolCase
 
 
 def loads_case(text: str, where: str = "case") -> AnyCase:
-    """Returns the case that ``text`` describes: one of training if it has a model.
+    """Returns the case that ``text`` describes: one of training if it has a model, one of the protocol if it says which
+    part is under test.
 
     Raises:
         MalformedFile: it is not JSON, or a field is missing, unknown or out of range.
@@ -28,6 +30,8 @@ def loads_case(text: str, where: str = "case") -> AnyCase:
     held = data.get("case", data) if isinstance(data, dict) else data
     if isinstance(held, dict) and "model" in held:
         return codec.from_json(TrainingCase, held, where)
+    if isinstance(held, dict) and "part" in held:
+        return codec.from_json(ProtocolCase, held, where)
     return codec.from_json(Case, held, where)
 
 

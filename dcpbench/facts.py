@@ -15,6 +15,7 @@ from dcpbench.geometry import Region
 from dcpbench.models.case import TrainingCase
 from dcpbench.models.facts import TRAINING_FACTS, training_facts_of
 from dcpbench.oracle.verdict import Finding
+from dcpbench.protocol_case import ProtocolCase
 
 __all__ = ["FACTS", "facts_of"]
 
@@ -56,6 +57,11 @@ FACTS = {
     "dtype:<name>": "its dtype",
     "memory:<form>": "how its source lay in memory",
     "load-memory:<form>": "how its destination lies in memory",
+    "protocol": "the case is one of virtual ranks",
+    "part:<name>": "what of the backend they drove: storage or planner",
+    "stopped:<call>": "the call at which a rank was stopped in this step, or in a save before it",
+    "overwritten": "the save that was stopped was of a checkpoint that was there",
+    "reused": "writers, readers and planners had been used in a step before",
     **TRAINING_FACTS,
 }
 """Every fact, with the sentence that defines it."""
@@ -65,6 +71,9 @@ def facts_of(case: AnyCase, finding: Finding) -> Iterator[set[str]]:
     """Yields the facts of each leaf that the finding may be about."""
     if isinstance(case, TrainingCase):
         yield from training_facts_of(case, finding.fqn, finding.step)
+        return
+    if isinstance(case, ProtocolCase):
+        yield set(_protocol_facts(case, finding))
         return
     save, load = _layouts(case, finding.step)
     general = set(_case_facts(case, finding.step))
@@ -81,6 +90,22 @@ def facts_of(case: AnyCase, finding: Finding) -> Iterator[set[str]]:
             yield _path_facts(case, leaf) | {kind} | general
     if not case.leaves:
         yield general
+
+
+def _protocol_facts(case: ProtocolCase, finding: Finding) -> Iterator[str]:
+    yield "protocol"
+    yield f"part:{case.part}"
+    if case.reuse and finding.step:
+        yield "reused"
+    for number, step in enumerate(case.steps[: finding.step + 1]):
+        if step.halt is not None and (number == finding.step or step.saves):
+            yield f"stopped:{step.halt.call}"
+            if any(one.saves and one.checkpoint == step.checkpoint for one in case.steps[:number]):
+                yield "overwritten"
+    for leaf in case.leaves:
+        if leaf.fqn == finding.fqn:
+            yield f"dtype:{leaf.dtype}" if leaf.dtype else "object"
+            yield "tensor" if leaf.dtype else "object"
 
 
 def _layouts(case: Case, number: int) -> tuple[Layout | None, Layout | None]:

@@ -11,6 +11,7 @@ from typing import Final
 
 from dcpbench import capabilities
 from dcpbench.fault_rules import FAULT_RULES
+from dcpbench.protocol_rules import PROTOCOL_RULES
 from dcpbench.rule import Rule
 from dcpbench.training_rules import TRAINING_RULES
 
@@ -18,6 +19,7 @@ __all__ = ["FAMILIES", "RULES", "Rule", "as_markdown"]
 
 FAMILIES: Final = {
     "capabilities": "What a backend declares absent, it refuses; the rest is held against it.",
+    "protocol": "Storages and planners keep to what their interfaces say, whatever plugs in on the other side.",
     "values": "What was saved is what is loaded, bit for bit.",
     "identity": "A load writes into the memory that it was given, and nowhere else; a save writes to none.",
     "tiling": "The metadata describes each element of each tensor once.",
@@ -61,7 +63,11 @@ _NEEDS: Final = {
 
 
 _IMPLIES: Final = {
-    "R002": ("R101", "R107", "R401"),
+    "C002": ("R101", "R107", "R401"),
+    "R002": ("R101",),
+    "R011": ("R301", "R302"),
+    "R014": ("R107",),
+    "R015": ("R101",),
     "R102": ("R101",),
     "R103": ("R101", "R107"),
     "R104": ("R402",),
@@ -84,7 +90,7 @@ _IMPLIES: Final = {
 
 _ALL = (
     Rule(
-        "R001",
+        "C001",
         "unclean-refusal",
         "capabilities",
         "What a backend declares absent must be refused on all ranks, in time, with the destination left as it was.",
@@ -92,7 +98,7 @@ _ALL = (
         "refuses_on_one_rank",
     ),
     Rule(
-        "R002",
+        "C002",
         "accepted-absent",
         "capabilities",
         "What a backend declares absent must not be accepted and then done wrong.",
@@ -100,13 +106,14 @@ _ALL = (
         "drops_values",
     ),
     Rule(
-        "R003",
+        "C003",
         "works-though-absent",
         "capabilities",
         "What works must not be declared absent.",
         "dcpbench.capabilities: an absent capability is one that is refused",
         "understates_itself",
     ),
+    *PROTOCOL_RULES,
     Rule(
         "R101",
         "wrong-bytes",

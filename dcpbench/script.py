@@ -17,6 +17,7 @@ from dcpbench.content import overwritten
 from dcpbench.errors import expected
 from dcpbench.geometry import Region
 from dcpbench.models.case import TrainingCase
+from dcpbench.protocol_case import ProtocolCase
 from dcpbench.training_script import as_training_script
 
 __all__ = ["as_script"]
@@ -35,11 +36,13 @@ def as_script(case: AnyCase, backend: str) -> str:
     """Returns the text of a script that shows what ``case`` shows on ``backend``.
 
     Raises:
-        UsageError: the tensors hold more than 1 MiB, a load is a misuse, a value is of a kind that Python does not
-            write as it is, or the backend is not one that ships.
+        UsageError: the case is one of virtual ranks, the tensors hold more than 1 MiB, a load is a misuse, a value is
+            of a kind that Python does not write as it is, or the backend is not one that ships.
     """
     if isinstance(case, TrainingCase):
         return as_training_script(case, backend)
+    if isinstance(case, ProtocolCase):
+        raise expected("a case of real ranks", "part", case.part, "Use dcpbench replay: its ranks are virtual.")
     if backend not in _ENGINES:
         raise expected(
             f"one of {', '.join(sorted(_ENGINES))}", "--backend", backend, "Adapt the script of one of them."

@@ -185,7 +185,7 @@ class SuiteSession:
         for backend, capability, has_passed in sorted(self.absences):
             if has_passed and not self.absences[backend, capability, False]:
                 text = works_though_absent(backend, capability, self.absences[backend, capability, True]).text()
-                found.append(Failure("R003", backend, text, ""))
+                found.append(Failure("C003", backend, text, ""))
         return found
 
     def unmatched(self) -> list[tuple[str, str]]:

@@ -124,9 +124,9 @@ def test_the_page_of_rules_is_made_from_the_catalogue():
 
 def test_rules_are_numbered_by_family_and_read_as_demands():
     families = list(rules.FAMILIES)
-    digit = {}
+    numbered = {}
     for rule in rules.RULES.values():
         assert rule.family in families
         assert " must " in rule.sentence or " may " in rule.sentence
-        assert digit.setdefault(rule.code[1], rule.family) == rule.family
+        assert numbered.setdefault(rule.code[:2], rule.family) == rule.family
     assert list(rules.RULES) == sorted(rules.RULES)

@@ -119,11 +119,11 @@ RESHARDED = plain(W, loaded_on=1)
         ("refuses_values", RESHARDED, "PASS", None),
         ("refuses_layouts", RESHARDED, "UNSUPPORTED", None),
         ("refuses_layouts", OBJECTS, "PASS", None),
-        ("refuses_on_one_rank", OBJECTS, "FAIL", "R001"),
-        ("ends_when_asked", OBJECTS, "FAIL", "R001"),
-        ("waits_when_asked", OBJECTS, "FAIL", "R001"),
-        ("fills_and_refuses", RESHARDED, "FAIL", "R001"),
-        ("drops_values", OBJECTS, "FAIL", "R002"),
+        ("refuses_on_one_rank", OBJECTS, "FAIL", "C001"),
+        ("ends_when_asked", OBJECTS, "FAIL", "C001"),
+        ("waits_when_asked", OBJECTS, "FAIL", "C001"),
+        ("fills_and_refuses", RESHARDED, "FAIL", "C001"),
+        ("drops_values", OBJECTS, "FAIL", "C002"),
         ("understates_itself", OBJECTS, "PASS", None),
     ],
 )
@@ -143,9 +143,9 @@ def run(tmp_path, *arguments):
 def test_what_works_is_reported_once_and_fails_the_run(tmp_path):
     done = run(tmp_path, "--backend=tests.mutants.absences:understates_itself", "--", "-k", "test_what_is_absent")
     assert done.returncode == 1, done.stdout
-    assert len(re.findall("R003 works-though-absent: .* declares 'objects' absent, but it works", done.stdout)) == 1
+    assert len(re.findall("C003 works-though-absent: .* declares 'objects' absent, but it works", done.stdout)) == 1
     assert "1 passed" in done.stdout
-    assert "| R003 works-though-absent | " + RULES["R003"].sentence + " | ✗ FAIL" in (
+    assert "| C003 works-though-absent | " + RULES["C003"].sentence + " | ✗ FAIL" in (
         tmp_path / "certificate.md"
     ).read_text(encoding="utf-8")
 

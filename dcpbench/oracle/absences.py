@@ -1,6 +1,6 @@
 """Rules R0xx: what a backend declares absent, it refuses, and refuses cleanly.
 
-R003, that what works is not declared absent, needs more than one case: it is found at the end of a run, from counts.
+C003, that what works is not declared absent, needs more than one case: it is found at the end of a run, from counts.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ def refused(case: Case, observations: Sequence[Observation]) -> tuple[list[Findi
         raised = [one for one in seen if one.outcome == "raised" and one.phase != "metadata"]
         if len(raised) == len(seen):
             changed = chain.from_iterable(refusals.findings(case, one) for one in seen if one.action == "load")
-            return [_as(found, "R001", absent, "refused, but") for found in changed][:1], outcome.error_line(raised[0])
+            return [_as(found, "C001", absent, "refused, but") for found in changed][:1], outcome.error_line(raised[0])
         plain = replace(case.steps[number], misuse="none", may_refuse=False)
         steps = (*case.steps[:number], plain, *case.steps[number + 1 :])
         found = list(outcome.findings(replace(case, steps=steps), number, seen))
         is_unreadable = any(one.phase == "metadata" for one in seen)
-        return [_as(one, "R002" if is_unreadable else "R001", absent, "not refused cleanly:") for one in found], ""
+        return [_as(one, "C002" if is_unreadable else "C001", absent, "not refused cleanly:") for one in found], ""
     return [], ""
 
 
 def of_results(findings: Sequence[Finding], absent: tuple[str, ...]) -> Iterator[Finding]:
     """Yields the finding on what was accepted, and then done wrong."""
     for found in findings[:1]:
-        yield _as(found, "R002", absent, f"accepted, and then {found.rule}:")
+        yield _as(found, "C002", absent, f"accepted, and then {found.rule}:")
 
 
 def works_though_absent(backend: str, capability: str, num_cases: int) -> Finding:
     """Returns the finding of a run in which all cases that need just ``capability`` passed, at least one."""
     return Finding(
-        "R003",
+        "C003",
         f"{backend} declares {capability!r} absent, but it works",
         (
             ("expected", "that it is refused on all ranks"),

@@ -14,8 +14,10 @@ from dcpbench.messages import Observation
 from dcpbench.models.case import TrainingCase
 from dcpbench.oracle import absences, objects, outcome, refusals, sources, tiling, values
 from dcpbench.oracle.applies import rules_tested
+from dcpbench.oracle.protocol import judge_protocol
 from dcpbench.oracle.training import judge_training
 from dcpbench.oracle.verdict import Finding, Verdict
+from dcpbench.protocol_case import ProtocolCase
 
 __all__ = ["judge"]
 
@@ -33,6 +35,8 @@ def judge(case: AnyCase, observations: Sequence[Observation]) -> Verdict:
     """
     if isinstance(case, TrainingCase):
         return judge_training(case, observations)
+    if isinstance(case, ProtocolCase):
+        return judge_protocol(case, observations)
     if any(seen.outcome == "unconnected" for seen in observations):
         seen = next(seen for seen in observations if seen.outcome == "unconnected")
         return Verdict("UNKNOWN", reason=f"the ranks could not connect to each other: {outcome.error_line(seen)}")

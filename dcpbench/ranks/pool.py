@@ -21,6 +21,7 @@ from dcpbench.case_files import AnyCase
 from dcpbench.errors import expected
 from dcpbench.messages import Call, Observation, Place, RunStep
 from dcpbench.models.case import TrainingStep
+from dcpbench.protocol_case import ProtocolCase
 from dcpbench.ranks.crew import Crew
 from dcpbench.ranks.exchange import Exchange
 from dcpbench.steps import Step
@@ -110,6 +111,9 @@ class RankPool:
         seen: list[Observation] = []
         own = None if place is None else replace(place, prefix=f"{place.prefix}/{root.parent.name}-{root.name}")
         try:
+            if isinstance(case, ProtocolCase):  # all of its ranks are virtual, and live in the first one
+                arguments = {"case": case, "backend": backend, "root": str(root)}
+                return self.step(Call(0, 1, "dcpbench.simulate.run:run_on_rank", arguments, distributed=False))
             steps: Sequence[Step | TrainingStep] = case.steps
             for number, step in enumerate(steps):
                 layout = case.layouts[step.layout]
