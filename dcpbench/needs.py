@@ -10,6 +10,7 @@ from dcpbench.case import Case, Layout, TensorLeaf
 from dcpbench.case_files import AnyCase
 from dcpbench.messages import Observation
 from dcpbench.models.case import TrainingCase
+from dcpbench.protocol_case import ProtocolCase
 
 __all__ = ["TRAINING_NEEDS", "needs_of", "with_absences"]
 
@@ -22,10 +23,12 @@ _FAMILY_OF = {dtype: family for family, dtypes in DTYPE_FAMILIES.items() for dty
 def needs_of(case: AnyCase, number: int) -> frozenset[str]:
     """Returns the names of the open capabilities that step ``number`` of ``case`` needs.
 
-    A load also needs what the save of its checkpoint needed.
+    A load also needs what the save of its checkpoint needed. A case of the protocol needs what the interface asks of all.
     """
     if isinstance(case, TrainingCase):
         return TRAINING_NEEDS
+    if isinstance(case, ProtocolCase):
+        return frozenset()
     step = case.steps[number]
     found = {*_of_leaves(case, number), *_of_store(case, number)}
     source = case.source_of(number)

@@ -155,7 +155,7 @@ def test_a_clean_refusal_is_unsupported_in_the_certificate(tmp_path):
     done = run(tmp_path, "--backend=tests.mutants.absences:refuses_values", "--", "-k", wanted)
     assert done.returncode == 0, done.stdout
     text = (tmp_path / "certificate.md").read_text(encoding="utf-8")
-    assert re.search(r"\| R401 .*– UNSUPPORTED \(3 refused\)", text)
+    assert re.search(r"\| R401 .*– UNSUPPORTED \(\d+ refused\)", text)
     assert re.search(r"\| R101 .*✓ PASS", text)
 
 

@@ -62,7 +62,7 @@ def test_a_script_shows_the_defect_without_dcpbench(tmp_path, capsys):
         (["replay", __file__], "expected JSON"),
         (
             ["replay", str(DEFECTS / "int-key.json"), "--backend=torhc"],
-            "Unknown backend 'torhc'. Known: reference, torch.",
+            "Unknown backend 'torhc'. Known: fsspec, gathered, huggingface, reference, s3, torch.",
         ),
         (
             ["script", str(DEFECTS / "int-key.json"), "--backend=mine"],

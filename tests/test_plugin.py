@@ -32,7 +32,10 @@ def run(*arguments: str, **more) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--backend=torhc"], "Unknown backend 'torhc'. Known: reference, torch. Or give 'package.module:attribute'."),
+        (
+            ["--backend=torhc"],
+            "Unknown backend 'torhc'. Known: fsspec, gathered, huggingface, reference, s3, torch. Or give 'package.module:attribute'.",
+        ),
         (["--world-size=0"], "Expected 1 to 128 ranks but got --world-size=0. Give a number in that range."),
         (["--profile=fast"], "Expected one of quick, standard, nightly but got --profile='fast'. Give one of them."),
         (["--device=tpu"], "Expected 'cpu' or 'cuda' but got --device='tpu'. Give one of them."),

@@ -8,6 +8,7 @@ from typing import Any, Final
 from dcpbench.case import Case
 from dcpbench.case_files import AnyCase
 from dcpbench.models.case import TrainingCase
+from dcpbench.protocol_case import ProtocolCase
 
 __all__ = ["FEATURES", "REACHED", "REASONS"]
 
@@ -130,7 +131,11 @@ REACHED: Final[dict[str, Reach]] = {
         f"set_state_dict.{name}": _training(lambda case: case.form in ("both", "stateful") and _set_or_load(case))
         for name in ("model", "optimizers", "model_state_dict", "optim_state_dict", "options")
     },
-    "Stateful": lambda case: bool(case.options.statefuls) if isinstance(case, Case) else case.form == "stateful",
+    "Stateful": lambda case: (
+        bool(case.options.statefuls)
+        if isinstance(case, Case)
+        else isinstance(case, TrainingCase) and case.form == "stateful"
+    ),
     "dcp_to_torch_save.dcp_checkpoint_dir": _CONVERTS,
     "dcp_to_torch_save.torch_save_path": _CONVERTS,
     "torch_save_to_dcp.torch_save_path": _does("convert", "import"),
@@ -245,7 +250,9 @@ FEATURES: Final[dict[str, Reach]] = {
         lambda case: any(len(layout.mesh.ranks) < layout.world_size for layout in case.layouts)
     ),
     "another world size at the load": _plain(lambda case: len({one.world_size for one in case.layouts}) > 1),
-    "a load without a process group": lambda case: any(not layout.distributed for layout in case.layouts),
+    "a load without a process group": lambda case: (
+        not isinstance(case, ProtocolCase) and any(not layout.distributed for layout in case.layouts)
+    ),
     "keys that differ between ranks": _plain(lambda case: any(layout.holders for layout in case.layouts)),
     "values that differ between ranks": _plain(lambda case: any(leaf.differs for leaf in case.objects)),
     "nested dicts and lists": _plain(lambda case: any(len(leaf.path) > 1 for leaf in case.leaves)),

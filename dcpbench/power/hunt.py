@@ -15,6 +15,7 @@ from dcpbench.errors import DcpbenchError
 from dcpbench.messages import Call
 from dcpbench.oracle.verdict import RuleBrokenError, UnknownError
 from dcpbench.power.suite_tests import Slice, SuiteTest
+from dcpbench.protocol_case import ProtocolCase
 from dcpbench.suite_session import SuiteSession
 
 __all__ = ["Hunt", "size_of"]
@@ -158,9 +159,14 @@ class Hunt:
 
 
 def size_of(case: AnyCase | None) -> tuple[int, int]:
-    """Returns the ranks and leaves of a case; a model's leaves are its parameters and buffers. (0, 0) for none."""
+    """Returns the ranks and leaves of a case; a model's leaves are its parameters and buffers. (0, 0) for none.
+
+    Ranks of the protocol are virtual ones.
+    """
     if case is None:
         return 0, 0
     if isinstance(case, Case):
         return case.max_world_size, len(case.leaves)
+    if isinstance(case, ProtocolCase):
+        return max((step.world_size for step in case.steps), default=0), len(case.leaves)
     return case.max_world_size, len(case.model.parameters()) + len(case.model.buffers())

@@ -77,9 +77,10 @@ def lenient_loads(draw: st.DrawFn) -> Case:
     tensors, objects = draw(contents())
     pair = tuple(draw(layouts(tensors, draw(world_sizes(scope.max_world_size), label="ranks"))) for _ in range(2))
     without = draw(_some_of((*tensors, *objects)), label="not saved")
-    steps = (Step("save", 0, without=without), Step("load", 1, lenient=True))
+    save, load = Step("save", 0, without=without), Step("load", 1, lenient=True)
+    steps: tuple[Step, ...] = (save, load)
     if one_in(draw, 3, "over an older one"):
-        steps = (Step("save", 0, version=1), replace(steps[0], may_refuse=True), steps[1])
+        steps = (Step("save", 0, version=1), replace(save, may_refuse=True), load)
     return narrowed(Case("lenient", draw(_seeds), tensors, objects, pair, steps))
 
 
