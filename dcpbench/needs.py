@@ -23,7 +23,7 @@ _FAMILY_OF = {dtype: family for family, dtypes in DTYPE_FAMILIES.items() for dty
 def needs_of(case: AnyCase, number: int) -> frozenset[str]:
     """Returns the names of the open capabilities that step ``number`` of ``case`` needs.
 
-    A load also needs what the save of its checkpoint needed. A case of the protocol needs what the interface asks of all.
+    A load also needs what the save of its checkpoint needed. A case of the protocol needs nothing that may be absent.
     """
     if isinstance(case, TrainingCase):
         return TRAINING_NEEDS

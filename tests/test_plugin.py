@@ -34,7 +34,7 @@ def run(*arguments: str, **more) -> subprocess.CompletedProcess[str]:
     [
         (
             ["--backend=torhc"],
-            "Unknown backend 'torhc'. Known: fsspec, gathered, huggingface, reference, s3, torch. Or give 'package.module:attribute'.",
+            "Unknown backend 'torhc'. Known: fsspec, gathered, huggingface, reference, s3, torch. Or give 'package.",
         ),
         (["--world-size=0"], "Expected 1 to 128 ranks but got --world-size=0. Give a number in that range."),
         (["--profile=fast"], "Expected one of quick, standard, nightly but got --profile='fast'. Give one of them."),
