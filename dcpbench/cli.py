@@ -61,18 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     conform.set_defaults(run=_conformance)
 
     _add_power(commands)
-    bench = commands.add_parser("bench", help="measure").add_subparsers(required=True, metavar="WHAT")
-    harness = bench.add_parser("harness", help="what the harness itself costs, side by side with bare calls")
-    harness.add_argument("--world-size", type=int, default=8, metavar="N")
-    harness.add_argument("--trips", type=int, default=15, metavar="N", help="round trips per sample")
-    harness.set_defaults(run=_bench_harness)
-    reference = bench.add_parser("reference", help="the reference beside torch and the raw I/O limit")
-    reference.add_argument("--rounds", type=int, default=5, metavar="N", help="timed rounds (default: 5)")
-    reference.add_argument("--scale", type=float, default=1.0, metavar="SHARE", help="of the state (default: 1.0)")
-    reference.add_argument("--disk", type=Path, metavar="FOLDER", help="a folder on a disk (default: the system's)")
-    reference.add_argument("--json", type=Path, metavar="FILE", help="write every sample to a file")
-    reference.add_argument("--gate", action="store_true", help="exit with 1 if a goal is missed")
-    reference.set_defaults(run=_bench_reference)
+    _add_benches(commands.add_parser("bench", help="measure").add_subparsers(required=True, metavar="WHAT"))
     faults = commands.add_parser("faults", help="crashes, failing calls, damage, hostile files").add_subparsers(
         required=True, metavar="WHAT"
     )
@@ -114,6 +103,34 @@ def _add_power(commands: Any) -> None:
     coverage.add_argument("--profile", default="standard", metavar="quick|standard|nightly", help="(default: standard)")
     coverage.add_argument("--world-size", type=int, default=8, metavar="N", help="ranks (default: 8)")
     coverage.set_defaults(run=_coverage)
+
+
+def _add_benches(bench: Any) -> None:
+    harness = bench.add_parser("harness", help="what the harness itself costs, side by side with bare calls")
+    harness.add_argument("--world-size", type=int, default=8, metavar="N")
+    harness.add_argument("--trips", type=int, default=15, metavar="N", help="round trips per sample")
+    harness.set_defaults(run=_bench_harness)
+    reference = bench.add_parser("reference", help="the reference beside torch and the raw I/O limit")
+    reference.add_argument("--rounds", type=int, default=5, metavar="N", help="timed rounds (default: 5)")
+    reference.add_argument("--scale", type=float, default=1.0, metavar="SHARE", help="of the state (default: 1.0)")
+    reference.add_argument("--disk", type=Path, metavar="FOLDER", help="a folder on a disk (default: the system's)")
+    reference.add_argument("--json", type=Path, metavar="FILE", help="write every sample to a file")
+    reference.add_argument("--gate", action="store_true", help="exit with 1 if a goal is missed")
+    reference.set_defaults(run=_bench_reference)
+    simulator = bench.add_parser("simulator", help="cases a second, legal orders, and one case of thousands of ranks")
+    simulator.add_argument("--seconds", type=float, default=5.0, metavar="S", help="on each storage (default: 5)")
+    simulator.add_argument("--ranks", type=int, default=4096, metavar="N", help="of the large case (default: 4096)")
+    simulator.add_argument("--tensors", type=int, default=500, metavar="N", help="of the large case (default: 500)")
+    simulator.set_defaults(run=_bench_simulator)
+    planning = bench.add_parser("planning", help="planning at scale, torch and the reference side by side")
+    planning.add_argument("--ranks", default="64,256,1024,4096", metavar="N,…", help="(default: 64,256,1024,4096)")
+    planning.add_argument("--model", action="append", metavar="NAME", help="llama3-405b, moe-1t (default: both)")
+    planning.add_argument(
+        "--whole-up-to", type=int, default=4096, metavar="N", help="beyond it without the coordinator (default: 4096)"
+    )
+    planning.add_argument("--runs", type=Path, metavar="FILE", help="keep each run there, and make none twice")
+    planning.add_argument("--out", type=Path, metavar="FOLDER", help="write scale.md and planning.svg (such as docs)")
+    planning.set_defaults(run=_bench_planning)
 
 
 def _replay(given: argparse.Namespace) -> int:
@@ -177,6 +194,18 @@ def _bench_harness(given: argparse.Namespace) -> int:
     from dcpbench.bench.harness import measure
 
     return measure(given.world_size, given.trips)
+
+
+def _bench_simulator(given: argparse.Namespace) -> int:
+    from dcpbench.bench.simulator import Options, measure
+
+    return measure(Options(given.seconds, given.ranks, given.tensors))
+
+
+def _bench_planning(given: argparse.Namespace) -> int:
+    from dcpbench.bench.planning_scale import measure
+
+    return measure(given.ranks, given.model, given.runs, given.out, whole_up_to=given.whole_up_to)
 
 
 def _conformance(given: argparse.Namespace) -> int:

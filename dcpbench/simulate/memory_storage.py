@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,8 +113,9 @@ class MemoryReader(StorageReader):
                 continue
             fqn = item.dest_index.fqn
             self.num_read[fqn] = self.num_read.get(fqn, 0) + item.lengths.numel()
-            for dim, (offset, length) in _along(item.storage_offsets, item.lengths):
-                source = source.narrow(dim, offset, length)
+            if source.size() != item.lengths:
+                for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                    source = source.narrow(dim, offset, length)
             target = planner.resolve_tensor(item)
             target.detach().copy_(source)
             planner.commit_tensor(item, target)
@@ -124,10 +124,6 @@ class MemoryReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
         return True
-
-
-def _along(offsets: torch.Size, lengths: torch.Size) -> Iterator[tuple[int, tuple[int, int]]]:
-    return enumerate(zip(offsets, lengths, strict=True))
 
 
 def _done(value: Any) -> Future[Any]:
