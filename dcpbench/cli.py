@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dcpbench import __version__, rules
+from dcpbench.bench_commands import add_bench, add_compare, add_report
 from dcpbench.errors import DcpbenchError
 
 __all__ = ["main"]
@@ -61,18 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     conform.set_defaults(run=_conformance)
 
     _add_power(commands)
-    bench = commands.add_parser("bench", help="measure").add_subparsers(required=True, metavar="WHAT")
-    harness = bench.add_parser("harness", help="what the harness itself costs, side by side with bare calls")
-    harness.add_argument("--world-size", type=int, default=8, metavar="N")
-    harness.add_argument("--trips", type=int, default=15, metavar="N", help="round trips per sample")
-    harness.set_defaults(run=_bench_harness)
-    reference = bench.add_parser("reference", help="the reference beside torch and the raw I/O limit")
-    reference.add_argument("--rounds", type=int, default=5, metavar="N", help="timed rounds (default: 5)")
-    reference.add_argument("--scale", type=float, default=1.0, metavar="SHARE", help="of the state (default: 1.0)")
-    reference.add_argument("--disk", type=Path, metavar="FOLDER", help="a folder on a disk (default: the system's)")
-    reference.add_argument("--json", type=Path, metavar="FILE", help="write every sample to a file")
-    reference.add_argument("--gate", action="store_true", help="exit with 1 if a goal is missed")
-    reference.set_defaults(run=_bench_reference)
+    _add_bench(commands)
+    add_compare(commands)
+    add_report(commands)
     faults = commands.add_parser("faults", help="crashes, failing calls, damage, hostile files").add_subparsers(
         required=True, metavar="WHAT"
     )
@@ -89,6 +81,22 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--backend", help="backend that loads (default: the one that the file names)")
     again.set_defaults(run=_faults_replay)
     return parser
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    bench = commands.add_parser("bench", help="measure").add_subparsers(required=True, metavar="WHAT")
+    harness = bench.add_parser("harness", help="what the harness itself costs, side by side with bare calls")
+    harness.add_argument("--world-size", type=int, default=8, metavar="N")
+    harness.add_argument("--trips", type=int, default=15, metavar="N", help="round trips per sample")
+    harness.set_defaults(run=_bench_harness)
+    reference = bench.add_parser("reference", help="the reference beside torch and the raw I/O limit")
+    reference.add_argument("--rounds", type=int, default=5, metavar="N", help="timed rounds (default: 5)")
+    reference.add_argument("--scale", type=float, default=1.0, metavar="SHARE", help="of the state (default: 1.0)")
+    reference.add_argument("--disk", type=Path, metavar="FOLDER", help="a folder on a disk (default: the system's)")
+    reference.add_argument("--json", type=Path, metavar="FILE", help="write every sample to a file")
+    reference.add_argument("--gate", action="store_true", help="exit with 1 if a goal is missed")
+    reference.set_defaults(run=_bench_reference)
+    add_bench(bench)
 
 
 def _add_power(commands: Any) -> None:
