@@ -1,6 +1,6 @@
 """Measures one workload on one layout: all backends and the raw limit, in turns. Runs in the controller.
 
-    states made -> memory round (warm-up) -> timed rounds -> saves in the background -> one save under strace
+    states made -> warm-up, peaks -> timed rounds -> saves in the background -> one save under strace
 
 What goes wrong with one backend ends its part alone; ranks that were lost are replaced, and the states made again.
 """
@@ -57,7 +57,7 @@ class Rounds:
     """How it is measured.
 
     Attributes:
-        timed: rounds whose times count; one more goes before them.
+        timed: rounds whose times count; two go before them, a warm-up and one for the peaks.
         is_cold: drop checkpoints from the page cache before each load.
         with_async: save in the background too.
         with_counts: save once under strace.
@@ -75,7 +75,8 @@ class Rounds:
 class _Seen:
     """What was measured of one side so far."""
 
-    memory: dict[str, CallSample] = field(default_factory=dict)
+    warm_up: tuple[CallSample, CallSample] | None = None
+    memory: tuple[CallSample, CallSample] | None = None
     saves: list[CallSample] = field(default_factory=list)
     loads: list[CallSample] = field(default_factory=list)
     backgrounds: list[AsyncSample] = field(default_factory=list)
@@ -164,8 +165,10 @@ class _Run:
         self._taken, self._loading = taken[group.world_size], taken[group.load_world_size]
 
     def _measure_memory(self, side: str, folder: Path) -> None:
-        save, load = self._once(side, folder, is_for_memory=True)
-        self._seen[side].memory = {"save": save, "load": load}
+        seen = self._seen[side]
+        seen.warm_up = self._once(side, folder, is_for_memory=False)
+        shutil.rmtree(folder)  # the first call imports and allocates what later ones share: its peak is not theirs
+        seen.memory = self._once(side, folder, is_for_memory=True)
 
     def _measure_once(self, side: str, folder: Path) -> None:
         save, load = self._once(side, folder, is_for_memory=False)
@@ -280,6 +283,7 @@ class _Run:
             loads=seen.loads,
             raw_saves=raw.saves,
             raw_loads=raw.loads,
+            warm_up=seen.warm_up,
             memory=seen.memory,
             backgrounds=seen.backgrounds,
             counts=seen.counts,

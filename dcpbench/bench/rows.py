@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ class Measured:
     """What one backend was measured to do; lists hold one sample per round, those of the raw limit in the same order.
 
     Attributes:
-        memory: the samples of the round before the timed ones, by action.
+        warm_up, memory: save and load of the rounds before the timed ones.
         counts: of a save under strace; None without.
         digests: of what each rank that loads holds, verified after every load.
         save_local_bytes, load_local_bytes: the least that a rank holds.
@@ -32,7 +32,8 @@ class Measured:
     loads: Sequence[CallSample]
     raw_saves: Sequence[CallSample]
     raw_loads: Sequence[CallSample]
-    memory: Mapping[str, CallSample]
+    warm_up: tuple[CallSample, CallSample] | None
+    memory: tuple[CallSample, CallSample] | None
     backgrounds: Sequence[AsyncSample]
     counts: Counts | None
     stored_bytes: int
@@ -53,11 +54,11 @@ def row_of(row: Row, measured: Measured) -> Row:
 
 def _samples(measured: Measured) -> dict[str, Any]:
     num_rounds = min(len(measured.saves), len(measured.loads))
-    memory = measured.memory
+    before = [one for one in (measured.warm_up, measured.memory) if one is not None]
     return {
-        "num_warmups": len(memory) // 2,
-        "warmup_save_s": [memory["save"].seconds] if memory else [],
-        "warmup_load_s": [memory["load"].seconds] if memory else [],
+        "num_warmups": len(before),
+        "warmup_save_s": [save.seconds for save, _ in before],
+        "warmup_load_s": [load.seconds for _, load in before],
         "save_s": [sample.seconds for sample in measured.saves],
         "load_s": [sample.seconds for sample in measured.loads],
         "raw_write_s": [sample.seconds for sample in measured.raw_saves[:num_rounds]],
@@ -109,22 +110,24 @@ def _split(samples: Sequence[CallSample]) -> tuple[float | None, float | None, f
 
 
 def _memory(measured: Measured) -> dict[str, Any]:
-    save, load = measured.memory["save"], measured.memory["load"]
+    if measured.memory is None:
+        return {}
+    save, load = measured.memory
     return {
         "save_peak_bytes": save.peak_bytes,
         "load_peak_bytes": load.peak_bytes,
         "save_device_peak_bytes": save.device_peak_bytes,
         "load_device_peak_bytes": load.device_peak_bytes,
-        "stored_bytes": measured.stored_bytes,
-        "num_files": measured.num_files,
     }
 
 
 def _counts(row: Row, measured: Measured) -> dict[str, Any]:
     counts = measured.counts
+    stored = {"stored_bytes": measured.stored_bytes, "num_files": measured.num_files}
     if counts is None:
-        return {}
+        return stored
     return {
+        **stored,
         "written_bytes": counts.written_bytes,
         "synced_bytes": counts.synced_bytes,
         "write_amplification": counts.written_bytes / row.state_bytes,

@@ -43,7 +43,8 @@ def _body(run: Run, runs: Sequence[Run]) -> Iterator[str]:
     yield _legend(((name, colour) for name, colour in colours.items()))
     yield from _plots(
         "Throughput",
-        "Bars are medians; lines go from the slowest to the fastest round. The raw limit is what plain system calls "
+        "Bars are medians; lines go from the slowest to the fastest round. A pale bar belongs to a row that is "
+        "INVALID. The raw limit is what plain system calls "
         "reach with the same bytes, ranks and place in the same run.",
         bench_plots.throughput(run.rows, colours),
     )

@@ -36,23 +36,14 @@ def throughput(rows: Sequence[Row], colours: Mapping[str, str]) -> Iterator[Plot
     for name, group in _groups(rows).items():
         for action in ("save", "load"):
             bars = [
-                svg.Bar(
-                    row.backend,
-                    row.backend,
-                    _rate(row, sorted(seconds)[len(seconds) // 2]),
-                    _rate(row, max(seconds)),
-                    _rate(row, min(seconds)),
-                    f"{_rate(row, sorted(seconds)[len(seconds) // 2]):.3g}",
-                )
-                for row in group
-                if (seconds := getattr(row, f"{action}_s")) and row.status != "FAIL"
+                _bar(row, sorted(s)) for row in group if (s := getattr(row, f"{action}_s")) and row.status != "FAIL"
             ]
             raw: list[float] = next(
                 (getattr(r, f"raw_{_RAW[action]}_s") for r in group if getattr(r, f"raw_{_RAW[action]}_s")), []
             )
             limit = f", raw {_rate(group[0], sorted(raw)[len(raw) // 2]):.3g}" if raw else ""
             if bars:
-                title = f"{action} GiB/s: {name}{limit}"
+                title = f"{action}, GiB/s{limit}: {name}"
                 yield Plot(title, svg.bars(bars, colours, title))
 
 
@@ -114,6 +105,15 @@ def history(runs: Sequence[Run], colours: Mapping[str, str]) -> Iterator[Plot]:
                     points.append(svg.Point(number, 100 * mean, backend, f"{backend}, {run.name}: {mean:.1%}"))
         if points:
             yield Plot(action, svg.lines(points, colours, f"history of {action}", ("run", "% of raw")))
+
+
+def _bar(row: Row, seconds: Sequence[float]) -> svg.Bar:
+    """Returns the bar of a row; ``seconds`` ascend."""
+    value = _rate(row, seconds[len(seconds) // 2])
+    is_valid = row.status == "VALID"
+    text = f"{value:.3g}" if is_valid else f"{value:.3g} invalid"
+    low, high = _rate(row, seconds[-1]), _rate(row, seconds[0])
+    return svg.Bar(row.backend, row.backend, value, low, high, text, is_pale=not is_valid)
 
 
 _RAW = {"save": "write", "load": "read"}

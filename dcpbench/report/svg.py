@@ -11,7 +11,7 @@ __all__ = ["Bar", "Point", "bars", "lines", "scatter", "stacks"]
 
 _WIDTH = 360
 _LABELS = 96
-_RIGHT = 62
+_RIGHT = 84
 _LINE = 22
 _TOP = 10
 _BOTTOM = 26
@@ -29,6 +29,7 @@ class Bar:
         series: what gives it its colour.
         value, low, high: in the unit of the axis.
         text: to its right.
+        is_pale: it is shown, and not to be relied on.
     """
 
     label: str
@@ -37,6 +38,7 @@ class Bar:
     low: float
     high: float
     text: str
+    is_pale: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,10 @@ def bars(given: Sequence[Bar], colours: Mapping[str, str], title: str) -> str:
         y = _TOP + number * _LINE
         end, low, high = (_LABELS + value / top * _INSIDE for value in (bar.value, bar.low, bar.high))
         parts.append(_text(_LABELS - 6, y + 11, bar.label, "end"))
-        parts.append(
-            f'<rect x="{_LABELS}" y="{y}" width="{max(1.0, end - _LABELS):.1f}" height="14" rx="2" '
-            f'fill="{colours[bar.series]}"><title>{escape(f"{bar.label}: {bar.text}")}</title></rect>'
-        )
+        paint = f'fill="{colours[bar.series]}" fill-opacity="{0.35 if bar.is_pale else 1}"'
+        hint = f"<title>{escape(f'{bar.label}: {bar.text}')}</title>"
+        shape = f'x="{_LABELS}" y="{y}" width="{max(1.0, end - _LABELS):.1f}" height="14" rx="2"'
+        parts.append(f"<rect {shape} {paint}>{hint}</rect>")
         parts.append(
             f'<path class="whisker" d="M{low:.1f} {y + 7}H{high:.1f}M{low:.1f} {y + 3}v8M{high:.1f} {y + 3}v8"/>'
         )
