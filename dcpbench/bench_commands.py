@@ -10,7 +10,7 @@ from dcpbench.errors import expected
 
 __all__ = ["add_bench", "add_compare", "add_report"]
 
-_DEFAULTS = "llama3-8b, one rank's view of llama3-70b and of moe-1t, many-small, few-huge"
+_DEFAULTS = "llama3-8b, one rank's view of llama3-70b, many-small, few-huge"
 
 
 def add_bench(bench: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -22,7 +22,7 @@ def add_bench(bench: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     run.add_argument("--world-size", type=int, default=2, metavar="N", help="ranks that save (default: 2)")
     run.add_argument("--load-world-size", type=int, action="append", metavar="N", help="ranks that load, several times")
     run.add_argument("--rounds", type=int, default=5, metavar="N", help="timed rounds (default: 5)")
-    run.add_argument("--size", type=int, default=64, metavar="MIB", help="scale each state down to it (default: 64)")
+    run.add_argument("--size", type=int, default=32, metavar="MIB", help="scale each state down to it (default: 32)")
     run.add_argument("--scale", type=float, metavar="SHARE", help="of the published size instead of --size")
     run.add_argument("--storage", type=Path, metavar="DIR", help="where to save (default: the results folder)")
     run.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(default: results)")

@@ -30,7 +30,7 @@ from dcpbench.ranks.pool import RankPool
 
 __all__ = ["DEFAULT_BACKENDS", "DEFAULT_LAYOUTS", "DEFAULT_WORKLOADS", "Matrix", "measure", "run_matrix"]
 
-DEFAULT_WORKLOADS = ("llama3-8b", "llama3-70b@rank-3-of-64", "moe-1t@rank-3-of-64", "many-small", "few-huge")
+DEFAULT_WORKLOADS = ("llama3-8b", "llama3-70b@rank-3-of-64", "many-small", "few-huge")
 DEFAULT_LAYOUTS = ("fsdp2", "tp")
 DEFAULT_BACKENDS = ("torch", "reference", "centralised")
 _TIMEOUT_S = 1800.0
@@ -58,7 +58,7 @@ class Matrix:
     backends: tuple[str, ...] = DEFAULT_BACKENDS
     world_size: int = 2
     load_world_sizes: tuple[int, ...] = ()
-    size_mib: int = 64
+    size_mib: int = 32
     scale: float | None = None
     device: str = "cpu"
     storage: Path | None = None
