@@ -99,3 +99,16 @@ def digests(rank, world_size, *, name, scale, layout):
     stale = state.fault()
     state.fill()
     return before, damaged, fault, stale, state.fault()
+
+
+def counted(rank, world_size):
+    """Returns what is counted of two collectives, a clone and a copy, and of a sum, which is neither."""
+    from dcpbench.bench.dispatch import Counting
+
+    tensor = torch.ones(4)
+    with Counting() as counting:
+        dist.all_reduce(tensor)
+        dist.broadcast_object_list([rank], src=0)
+        torch.empty(4).copy_(tensor.clone())
+        tensor.add_(1)
+    return dict(counting.collectives), counting.num_copies

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 
 from dcpbench.bench import gate, run
 from dcpbench.bench.group import Group, Rounds, measure_group
+from dcpbench.bench.planted_names import LARGER, PLANTED_BYTES
 from dcpbench.bench.row import SCHEMA_VERSION, Row
 from dcpbench.bench.run import Matrix, measure
 from dcpbench.bench.store import RunWriter, read_run, runs_below
@@ -129,6 +131,26 @@ def test_damage_is_named(two_ranks):
         assert "1 of 4 tensors are wrong" in fault
         assert "holds what it held before the load" in stale
         assert mended == ""
+
+
+def test_collectives_and_copies_are_counted(two_ranks):
+    for one in two_ranks.step(Call(0, 2, f"{CHEATS}:counted", {})):
+        collectives, num_copies = one.value
+        assert collectives["allreduce"] == 1
+        assert collectives["broadcast"] >= 1
+        assert num_copies == 2
+
+
+def test_planted_memory_is_measured(two_ranks, tmp_path):
+    setting = {"name": SMALL.name, "scale": SMALL.scale, "layout": "fsdp2"}
+    two_ranks.step(Call(0, 2, "dcpbench.bench.measuring:take", setting))
+    peaks = {}
+    for number, backend in enumerate((f"{CHEATS}:plain", LARGER) * 3):
+        arguments = {"setting": tuple(setting.values()), "backend": backend, "folder": str(tmp_path / str(number))}
+        call = Call(0, 2, "dcpbench.bench.measuring:save", {**arguments, "is_for_memory": True})
+        peaks.setdefault(backend, []).append(max(one.value.peak_bytes for one in two_ranks.step(call)))
+    more = statistics.median(peaks[LARGER]) - statistics.median(peaks[f"{CHEATS}:plain"])
+    assert abs(more - PLANTED_BYTES) < 2 << 20
 
 
 @needs_strace
