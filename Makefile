@@ -38,7 +38,7 @@ format: $(READY) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## measure torch, the reference and a centralised save, and write a report
+bench: $(READY) ## measure torch, the reference and torch.save on rank 0, and write a report
 	$(BIN)/dcpbench bench run
 
 counters: $(READY) ## pin what small saves do, after a change that is meant

@@ -18,7 +18,7 @@ def add_bench(bench: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     run = bench.add_parser("run", help="backends beside each other, with proofs, on real ranks")
     run.add_argument("--workload", action="append", metavar="NAME", help=f"several times (default: {_DEFAULTS})")
     run.add_argument("--layout", action="append", metavar="NAME", help="fsdp2, hsdp, tp, 3d (default: fsdp2 and tp)")
-    run.add_argument("--backend", action="append", metavar="NAME", help="(default: torch, reference, centralised)")
+    run.add_argument("--backend", action="append", metavar="NAME", help="(default: torch, reference, gathered)")
     run.add_argument("--world-size", type=int, default=2, metavar="N", help="ranks that save (default: 2)")
     run.add_argument("--load-world-size", type=int, action="append", metavar="N", help="ranks that load, several times")
     run.add_argument("--rounds", type=int, default=5, metavar="N", help="timed rounds (default: 5)")

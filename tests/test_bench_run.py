@@ -45,7 +45,7 @@ def two_ranks():
 def rows(two_ranks, tmp_path_factory):
     """Honest and dishonest backends, side by side, by name."""
     names = ("skips_fsync", "reads_from_memory", "wrong_bytes", "forgets_a_rank", "raises")
-    backends = ("reference", "centralised", *(f"{CHEATS}:{name}" for name in names))
+    backends = ("reference", "gathered", *(f"{CHEATS}:{name}" for name in names))
     group = Group(SMALL, "fsdp2", 2, 2, backends)
     said = []
     found = measure_group(two_ranks, group, Rounds(timed=2), tmp_path_factory.mktemp("storage"), said.append)
@@ -70,8 +70,8 @@ def test_a_row_holds_its_proof(rows):
 
 
 @needs_strace
-def test_the_centralised_way_needs_memory_for_all_of_it(rows):
-    row = rows["centralised"]
+def test_gathering_needs_memory_for_all_of_it(rows):
+    row = rows["gathered"]
     assert row.status == "VALID"
     assert row.save_data_s is None
     assert row.async_blocking_s == []
@@ -115,7 +115,7 @@ def test_a_page_cache_that_is_not_cold_is_seen(two_ranks, tmp_path):
 @pytest.mark.parametrize(("layout", "load_world_size"), [("3d", 2), ("hsdp", 2), ("fsdp2", 1)])
 def test_layouts_and_other_world_sizes_come_back_whole(two_ranks, tmp_path, layout, load_world_size):
     rounds = Rounds(timed=1, is_cold=False, with_async=False, with_counts=False)
-    group = Group(SMALL, layout, 2, load_world_size, ("reference", "centralised"))
+    group = Group(SMALL, layout, 2, load_world_size, ("reference", "gathered"))
     for row in measure_group(two_ranks, group, rounds, tmp_path, lambda _: None):
         assert row.reason == "bytes written and fsynced were not counted: it was not asked for"
         assert len(row.save_s) == 1

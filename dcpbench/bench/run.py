@@ -32,7 +32,7 @@ __all__ = ["DEFAULT_BACKENDS", "DEFAULT_LAYOUTS", "DEFAULT_WORKLOADS", "Matrix",
 
 DEFAULT_WORKLOADS = ("llama3-8b", "llama3-70b@rank-3-of-64", "many-small", "few-huge")
 DEFAULT_LAYOUTS = ("fsdp2", "tp")
-DEFAULT_BACKENDS = ("torch", "reference", "centralised")
+DEFAULT_BACKENDS = ("torch", "reference", "gathered")
 _TIMEOUT_S = 1800.0
 _MIB = 1 << 20
 _STATES_IN_MEMORY = 3

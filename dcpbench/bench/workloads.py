@@ -80,6 +80,7 @@ _MODELS: dict[str, Llama | MixtureOfExperts] = {
     "moe-1t": MixtureOfExperts(),
 }
 _SMALL_TENSORS = 65_536
+_SMALL_BYTES = 64 * 64 * 4
 _HUGE = (65_536, 131_072)
 
 NAMES = (*_MODELS, "many-small", "few-huge")
@@ -110,6 +111,8 @@ def fitted(name: str, num_bytes: int) -> Workload:
     Raises:
         UsageError: there is no such workload.
     """
+    if name == "many-small":
+        return workload(name, min(1.0, max(1, num_bytes // _SMALL_BYTES) / _SMALL_TENSORS))
     low, high = 1e-9, 1.0
     if workload(name).num_bytes <= num_bytes:
         return workload(name)
