@@ -5,7 +5,7 @@ PROFILE ?= standard
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup suites test lint types format bench faults check clean help
+.PHONY: setup suites test lint types format bench counters faults check clean help
 
 help:
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -38,8 +38,11 @@ format: $(READY) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## measure what the harness itself costs
-	$(BIN)/dcpbench bench harness
+bench: $(READY) ## measure torch, the reference and torch.save on rank 0, and write a report
+	$(BIN)/dcpbench bench run
+
+counters: $(READY) ## pin what small saves do, after a change that is meant
+	$(BIN)/dcpbench bench counters --write tests/expected_counters.json
 
 faults: $(READY) ## what faults do to the built-in backends, as the page docs/faults.md
 	$(BIN)/dcpbench faults table > docs/faults.tmp

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dcpbench import __version__, rules
+from dcpbench.bench_commands import add_bench, add_compare, add_report
 from dcpbench.errors import DcpbenchError
 
 __all__ = ["main"]
@@ -61,7 +62,11 @@ def _parser() -> argparse.ArgumentParser:
     conform.set_defaults(run=_conformance)
 
     _add_power(commands)
-    _add_benches(commands.add_parser("bench", help="measure").add_subparsers(required=True, metavar="WHAT"))
+    bench = commands.add_parser("bench", help="measure").add_subparsers(required=True, metavar="WHAT")
+    _add_benches(bench)
+    add_bench(bench)
+    add_compare(commands)
+    add_report(commands)
     faults = commands.add_parser("faults", help="crashes, failing calls, damage, hostile files").add_subparsers(
         required=True, metavar="WHAT"
     )

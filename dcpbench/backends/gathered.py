@@ -28,7 +28,8 @@ def save(state_dict: dict[str, Any], checkpoint_id: str) -> None:
     """Saves ``state_dict``; all ranks call it. All of them raise where one of them cannot go on."""
     packed, problem = b"", ""
     try:
-        packed = _packed({path: _whole(value) for path, value in _leaves(state_dict) if _is_here(value)})
+        whole = [(path, value, _whole(value)) for path, value in _leaves(state_dict) if _is_here(value)]
+        packed = _packed({path: full for path, value, full in whole if _is_sent(value)})
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
     _agree(problem)
@@ -74,6 +75,12 @@ def _leaves(held: Any, path: _Path = ()) -> Iterator[tuple[_Path, Any]]:
 
 def _is_here(value: Any) -> bool:
     return not isinstance(value, DTensor) or value.device_mesh.get_coordinate() is not None
+
+
+def _is_sent(value: Any) -> bool:
+    """Reads as: rank 0 cannot know it without being told, unlike a DTensor of its own, which it has made whole."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return rank == 0 or not isinstance(value, DTensor) or 0 not in value.device_mesh.mesh
 
 
 def _whole(value: Any) -> Any:

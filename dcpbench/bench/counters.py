@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["bytes_read", "evict", "release_memory", "resident_share"]
+__all__ = ["bytes_read", "evict", "release_memory", "resident_share", "storage_bytes_read"]
 
 _COUNTS = Path("/proc/self/io")
 
@@ -21,7 +21,19 @@ def bytes_read() -> int:
 
     Whatever it reads counts: files, pipes, this counter itself (about 100 bytes). What it maps does not.
     """
-    match = re.search(r"^rchar: (\d+)$", _COUNTS.read_text(), re.MULTILINE)
+    return _count("rchar")
+
+
+def storage_bytes_read() -> int:
+    """Returns the bytes that were fetched from a device for this process so far, below the page cache.
+
+    What was in memory already does not count, nor what a file system in memory gives; what it maps does.
+    """
+    return _count("read_bytes")
+
+
+def _count(name: str) -> int:
+    match = re.search(rf"^{name}: (\d+)$", _COUNTS.read_text(), re.MULTILINE)
     assert match is not None
     return int(match[1])
 
