@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from dcpbench.backends import registry
 from dcpbench.backends.protocol import Session, StateDictFunctions, state_dict_functions
 from dcpbench.layout import Mesh
-from dcpbench.messages import Observation, RunStep
+from dcpbench.messages import ErrorReport, Observation, RunStep
 from dcpbench.models.app import App
 from dcpbench.models.case import AXES, TrainingCase, TrainingStep
 from dcpbench.models.loop import Loop
@@ -25,6 +25,7 @@ from dcpbench.models.observed import TrainingView
 from dcpbench.models.places import leaves_of_state_dict
 from dcpbench.models.snapshot import digests_of, state_of
 from dcpbench.ranks.meshes import mesh_of
+from dcpbench.ranks.wishes import missing
 
 __all__ = ["run_training_step"]
 
@@ -44,6 +45,10 @@ def run_training_step(
     session = backend.open(reuse=False)
     run = _Run(case, step, device, enter_phase, session, state_dict_functions(backend))
     checkpoint_id = str(Path(command.root) / "ckpt")
+    if case.form == "stateful" and step.action != "read" and missing(["stateful"], session):
+        text = "the backend does not offer stateful"
+        unsupported = ErrorReport("Unsupported", text, "")
+        return Observation(rank, command.world_size, command.step, step.action, "unsupported", error=unsupported)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch has deprecated is under test as well
         view = run.load(checkpoint_id) if step.action == "load" else run.read(checkpoint_id)
