@@ -29,6 +29,8 @@ def judge_training(case: TrainingCase, observations: Sequence[Observation]) -> V
     for seen in observations:
         if seen.outcome == "unconnected":
             return Verdict("UNKNOWN", reason=f"the ranks could not connect: {outcome.error_line(seen)}")
+        if seen.outcome == "unsupported":
+            return Verdict("UNSUPPORTED", reason=outcome.error_line(seen), checked=_rules_tested(case))
         if seen.outcome == "raised" and seen.phase in ("build", "train", "observe"):
             return Verdict("UNKNOWN", reason=f"dcpbench itself failed, in {seen.phase}: {outcome.error_line(seen)}")
         if seen.outcome == "unsupported":

@@ -64,6 +64,9 @@ class Mutant:
 
 MUTANTS: dict[str, Mutant] = {}
 
+_PLANNERS: dict[str, Any] = {"save_planner": dcp.DefaultSavePlanner, "load_planner": dcp.DefaultLoadPlanner}
+"""With all of their options, as the backend ``torch`` has them."""
+
 
 def any_tensor(is_meant: Callable[[TensorLeaf], Any]) -> Callable[[Case], bool]:
     """Returns a predicate over cases: some tensor is meant."""
@@ -97,9 +100,9 @@ def breaks(
             engine = part()
             return EngineBackend(name, engine.save, engine.load)
         if issubclass(part, dcp.StorageWriter):
-            return StorageBackend(name, part, dcp.FileSystemReader)
+            return StorageBackend(name, part, dcp.FileSystemReader, **_PLANNERS)
         if issubclass(part, dcp.StorageReader):
-            return StorageBackend(name, dcp.FileSystemWriter, part)
+            return StorageBackend(name, dcp.FileSystemWriter, part, **_PLANNERS)
         if issubclass(part, dcp.SavePlanner):
             return PlannerBackend(name, part, dcp.DefaultLoadPlanner)
         return PlannerBackend(name, dcp.DefaultSavePlanner, part)

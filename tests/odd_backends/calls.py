@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import format_utils
 from torch.distributed.tensor import DTensor
@@ -51,9 +52,22 @@ class Background(Calls):
     """Copies the state dict itself, and saves the copy in a thread that starts late."""
 
     def async_save(self, state_dict: dict[str, Any], **given: Any) -> Future[Any]:
-        held, future = self.copy(state_dict), Future[Any]()
+        held, problem, future = {}, None, Future[Any]()
+        try:
+            held = self.copy(state_dict)
+        except Exception as error:  # every rank shall hear of it
+            problem = repr(error)
+        self.raise_any(problem, given)
         threading.Thread(target=self.run, args=(held, given, future), daemon=True).start()
         return future
+
+    def raise_any(self, problem: str | None, given: dict[str, Any]) -> None:
+        group, problems = given.get("process_group"), [problem]
+        if dist.is_initialized() and not given.get("no_dist"):
+            problems *= dist.get_world_size(group)
+            dist.all_gather_object(problems, problem, group=group)
+        if found := [one for one in problems if one is not None]:
+            raise RuntimeError("; ".join(found))
 
     def run(self, held: dict[str, Any], given: dict[str, Any], future: Future[Any]) -> None:
         time.sleep(0.02)
