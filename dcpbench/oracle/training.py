@@ -33,8 +33,6 @@ def judge_training(case: TrainingCase, observations: Sequence[Observation]) -> V
             return Verdict("UNSUPPORTED", reason=outcome.error_line(seen), checked=_rules_tested(case))
         if seen.outcome == "raised" and seen.phase in ("build", "train", "observe"):
             return Verdict("UNKNOWN", reason=f"dcpbench itself failed, in {seen.phase}: {outcome.error_line(seen)}")
-        if seen.outcome == "unsupported":
-            return Verdict("UNSUPPORTED", reason=outcome.error_line(seen), checked=_rules_tested(case))
     findings: list[Finding] = []
     saved: _Saved | None = None
     for number, step in enumerate(case.steps):
