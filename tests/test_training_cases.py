@@ -191,6 +191,13 @@ def test_what_is_planted_is_found_and_what_is_sound_is_not(mutant, ranks):
     pytest.fail(f"not found by {mutant.rule} but by {sorted(broken)}: {mutant.defect}")
 
 
+def test_an_engine_that_offers_no_stateful_is_not_judged_on_one(ranks):
+    case = next(case for case in drawn("models") if case.form == "stateful" and case.max_world_size <= 2)
+    verdict = judge(case, ranks.run(case, "tests.odd_backends:dense"))
+    assert verdict.status == "UNSUPPORTED"
+    assert "stateful" in verdict.reason
+
+
 def test_each_rule_has_its_mutant():
     rules = {code: rule.mutant for code, rule in RULES.items() if rule.family == "training"}
     assert rules == {mutant.rule: name for name, mutant in TRAINING_MUTANTS.items()}

@@ -45,6 +45,7 @@ class Hunt:
         case: the shrunk one; None for a finding about storage, which has none that shrinks.
         text: what the failure says.
         unknown: why the first case that could not be judged could not.
+        is_out_of_time: the search was given up before all cases were run.
     """
 
     session: SuiteSession
@@ -62,6 +63,7 @@ class Hunt:
     case: AnyCase | None = None
     text: str = ""
     unknown: str = ""
+    is_out_of_time: bool = False
     _begun_s: float = 0.0
     _is_caught: dict[str, bool] = field(default_factory=dict)
 
@@ -71,6 +73,7 @@ class Hunt:
         self._learn_lineage()
         for test, part in parts:
             if self._elapsed_s() > self.max_s:
+                self.is_out_of_time = True
                 break
             self.tell(f"{self.num_cases} cases, {self._elapsed_s():.0f} s: {test.name}")
             self._run_slice(test, part)
@@ -91,8 +94,10 @@ class Hunt:
         is_property = test.strategy is not None
         try:
             test.run(part, self.session, self.backend, self._check, self._around)
-        except (_Caught, _Enough):
-            self.test = test.name if self.caught_by else ""
+        except _Caught:
+            self.test = test.name
+        except _Enough:
+            self.test, self.is_out_of_time = (test.name, False) if self.caught_by else ("", True)
         except RuleBrokenError as error:  # a test of faults: it does its own judging
             self.num_cases += 1
             self._note(error)

@@ -15,7 +15,7 @@ from dcpbench.errors import MalformedFile, UsageError
 
 __all__ = ["GOALS", "Row", "RowFile", "summary", "table_line", "write_parquet"]
 
-Status = Literal["caught", "missed", "unknown", "clean", "flagged"]
+Status = Literal["caught", "missed", "unfinished", "unknown", "clean", "flagged"]
 
 GOALS = (
     "every mutant caught, 90 % of them within 60 s, shrunk to 2 ranks and 2 leaves in the median, nothing odd flagged"
@@ -30,7 +30,8 @@ class Row:
         name: of the backend in its bank.
         kind: "mutant" or "odd".
         half: of the bank, for a mutant; "" for an odd backend.
-        status: a mutant is caught or missed, an odd backend clean or flagged; unknown where cases could not be judged.
+        status: a mutant is caught, or missed by all cases of the profile, or the search is unfinished as its time ran
+            out; an odd backend is clean or flagged, or unknown where cases could not be judged.
         expected: the rules any of which catches the mutant.
         rule, test: what caught the mutant, or flagged the odd backend; "" for nothing.
         cases, seconds: what it took; of a mutant that is missed, and of an odd backend, what was tried.

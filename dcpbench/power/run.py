@@ -125,7 +125,7 @@ class _Searches:
             name=mutant.name,
             kind="mutant",
             half=half_of(mutant.name),
-            status="caught" if hunt.caught_by else "missed",
+            status="caught" if hunt.caught_by else "unfinished" if hunt.is_out_of_time else "missed",
             expected=mutant.rules,
             seed=self.options.seed,
             profile=self.options.profile,
@@ -136,7 +136,8 @@ class _Searches:
     def _leave_in_peace(self, spec: str, tests: Sequence[SuiteTest], seed: int) -> None:
         hunt = self._hunt(spec, frozenset(), f"{_name_of(spec)}, seed {seed}")
         hunt.run(rounds(tests, "quick", seed))
-        status: Status = "flagged" if hunt.caught_by else "unknown" if hunt.unknown else "clean"
+        is_unknown = hunt.unknown or hunt.is_out_of_time
+        status: Status = "flagged" if hunt.caught_by else "unknown" if is_unknown else "clean"
         self._done(hunt, Row(name=_name_of(spec), kind="odd", half="", status=status, seed=seed, profile="quick"))
 
     def _hunt(self, backend: str, wanted: frozenset[str], label: str) -> Hunt:

@@ -42,6 +42,7 @@ LEFT_OUT: Final = {
     "test_interop": "needs two engines of one format",
     "test_swap": "needs two engines of one format",
     "test_known_defects": "is about entries, not about backends",
+    "test_regressions": "fixed cases, which say nothing about those that are generated",
     "test_training": "one model and no generated case; the generated ones of test_models say more",
 }
 """Modules of the suites that take no part, and why."""
@@ -133,7 +134,7 @@ def load_tests(suites: Path) -> list[SuiteTest]:
             module = _imported(path)
             functions = [(name, value) for name, value in vars(module).items() if name.startswith("test_")]
             for name, function in functions:
-                found += _tests_of(name, _KINDS.get(path.stem, "cases"), function, suites)
+                found += _tests_of(name, _KINDS.get(path.stem, "cases"), function)
     return sorted(found, key=lambda test: _ORDER.index(test.kind))
 
 
@@ -149,9 +150,9 @@ def _imported(path: Path) -> ModuleType:
     return module
 
 
-def _tests_of(name: str, kind: Kind, function: Any, suites: Path) -> Iterator[SuiteTest]:
+def _tests_of(name: str, kind: Kind, function: Any) -> Iterator[SuiteTest]:
     if not getattr(function, "is_hypothesis_test", False):
-        for arguments in _argument_sets(function, suites):
+        for arguments in _argument_sets(function):
             yield SuiteTest(name, kind, function, arguments)
         return
     body, strategies = function.hypothesis.inner_test, function.hypothesis._given_kwargs
@@ -160,12 +161,10 @@ def _tests_of(name: str, kind: Kind, function: Any, suites: Path) -> Iterator[Su
         yield SuiteTest(name, kind, body, {}, strategies["case"], settings.max_examples)
 
 
-def _argument_sets(function: Any, suites: Path) -> Iterator[dict[str, Any]]:
+def _argument_sets(function: Any) -> Iterator[dict[str, Any]]:
     """Yields what pytest would call a test with, beside the fixtures."""
     marks = [mark for mark in getattr(function, "pytestmark", ()) if mark.name == "parametrize"]
     axes: list[list[dict[str, Any]]] = [[{mark.args[0]: value} for value in mark.args[1]] for mark in marks]
-    if "regression" in _parameters(function):
-        axes.append([{"regression": path} for path in sorted((suites / "regressions").glob("*.json"))])
     for combination in itertools.product(*axes):
         yield {name: value for one in combination for name, value in one.items()}
 
@@ -191,5 +190,5 @@ def rounds(tests: Sequence[SuiteTest], profile: str, seed: int) -> Iterator[tupl
                     yield test, Slice(count, profile, drawn)
             elif number == 0:
                 yield test, Slice(0, "quick", drawn)
-            elif number == 1 and profile != "quick" and "regression" not in test.arguments:
+            elif number == 1 and profile != "quick":
                 yield test, Slice(0, profile, drawn)

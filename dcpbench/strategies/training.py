@@ -109,7 +109,7 @@ def _state_options(draw: st.DrawFn, model: ModelSpec, *, may_confine: bool) -> S
     is_offloaded = one_in(draw, 3, "cpu_offload")
     without_frozen = one_in(draw, 4, "ignore_frozen_params")
     holders = [block.name for block in model.blocks]
-    is_confined = may_confine and bool(holders) and one_in(draw, 3, "submodule")
+    is_confined = may_confine and bool(holders) and draw(st.booleans(), label="submodule")
     return StateOptions(
         full_state_dict=is_full,
         cpu_offload=is_offloaded,
