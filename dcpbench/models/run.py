@@ -44,7 +44,8 @@ def run_training_step(
     backend = registry.resolve(command.backend)
     session = backend.open(reuse=False)
     run = _Run(case, step, device, enter_phase, session, state_dict_functions(backend))
-    if lacking := sorted(TRAINING_NEEDS & registry.declared_absent(backend)):
+    needed = TRAINING_NEEDS | ({"statefuls"} if case.form == "stateful" else set())
+    if lacking := sorted(needed & registry.absent_of(backend)):
         error = ErrorReport("Unsupported", f"the backend has no {', '.join(lacking)}", "")
         return Observation(rank, command.world_size, command.step, step.action, "unsupported", "open", error)
     checkpoint_id = str(place_of(command, "ckpt"))

@@ -84,10 +84,10 @@ class BackendsSeen:
             process.stdin.close()
         for process, _ in self._places.values():
             try:
-                process.wait(_ENDS_WITHIN_S)
+                process.communicate(timeout=_ENDS_WITHIN_S)
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait()
+                process.communicate()
         self._places.clear()
 
 
