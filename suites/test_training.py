@@ -16,7 +16,7 @@ def saves():
 @pytest.fixture
 def saved(pool, backend, saves, tmp_path):
     """The uninterrupted run: where it was saved, what its state was then, and its losses after it."""
-    if why := pool.lacks(backend, "objects", "resharding", "scalar-tensors", "local-folders"):
+    if why := pool.lacks(backend, "objects", "resharding", "scalar-tensors", "statefuls", "local-folders"):
         pytest.skip(why)
     if backend not in saves:
         checkpoint = str(tmp_path / "llama")

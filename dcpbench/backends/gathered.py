@@ -1,20 +1,23 @@
 """The backend ``gathered``: ``torch.save`` on rank 0 of what all ranks hold, as many a training script does it.
 
-Each rank turns its state dict into leaves by path, whole tensors for DTensors; rank 0 writes them to one file, which
-every rank reads in full.
+Each rank sends its leaves by path, of DTensors the box that it holds; rank 0 puts the boxes together and writes one
+file, which every rank reads in full. What a rank holds as strided shards is no box, and is refused.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from dcpbench.backends.protocol import EngineBackend
 
@@ -28,15 +31,14 @@ def save(state_dict: dict[str, Any], checkpoint_id: str) -> None:
     """Saves ``state_dict``; all ranks call it. All of them raise where one of them cannot go on."""
     packed, problem = b"", ""
     try:
-        whole = [(path, value, _whole(value)) for path, value in _leaves(state_dict) if _is_here(value)]
-        packed = _packed({path: full for path, value, full in whole if _is_sent(value)})
+        packed = _packed({path: _sent(path, value) for path, value in _leaves(state_dict) if _is_here(value)})
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
     _agree(problem)
     parts = _gather(packed)
     if parts is not None:
         try:
-            _write({path: value for part in reversed(parts) for path, value in _unpacked(part).items()}, checkpoint_id)
+            _write(_put_together([_unpacked(part) for part in parts]), checkpoint_id)
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
     _agree(problem)
@@ -56,7 +58,7 @@ def load(state_dict: dict[str, Any], checkpoint_id: str) -> None:
     _agree(problem)
     for path, value in wanted:
         if isinstance(value, torch.Tensor):
-            _fill(value, held[path])
+            _fill(path, value, held[path])
         else:
             at: Any = state_dict
             for part in path[:-1]:
@@ -65,7 +67,9 @@ def load(state_dict: dict[str, Any], checkpoint_id: str) -> None:
 
 
 def _leaves(held: Any, path: _Path = ()) -> Iterator[tuple[_Path, Any]]:
-    children = held.items() if isinstance(held, dict) else enumerate(held) if isinstance(held, list) else None
+    """Yields paths and leaves: tensors and values; a list without tensors is a value, as DCP has it."""
+    is_list = isinstance(held, list) and _has_tensor(held)
+    children = held.items() if isinstance(held, dict) else enumerate(held) if is_list else None
     if children is None or (path and not held):
         yield path, held
         return
@@ -73,20 +77,58 @@ def _leaves(held: Any, path: _Path = ()) -> Iterator[tuple[_Path, Any]]:
         yield from _leaves(value, (*path, key))
 
 
+def _has_tensor(held: Any) -> bool:
+    children = held.values() if isinstance(held, dict) else held if isinstance(held, list) else ()
+    return isinstance(held, torch.Tensor) or any(map(_has_tensor, children))
+
+
+@dataclass(frozen=True)
+class _Box:
+    """What one rank holds of a tensor."""
+
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    data: torch.Tensor
+
+
 def _is_here(value: Any) -> bool:
     return not isinstance(value, DTensor) or value.device_mesh.get_coordinate() is not None
 
 
-def _is_sent(value: Any) -> bool:
-    """Reads as: rank 0 cannot know it without being told, unlike a DTensor of its own, which it has made whole."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    return rank == 0 or not isinstance(value, DTensor) or 0 not in value.device_mesh.mesh
+def _offsets(path: _Path, tensor: DTensor) -> tuple[int, ...]:
+    if any(isinstance(placement, _StridedShard) for placement in tensor.placements):
+        raise NotImplementedError(f"{_fqn(path)} is a strided shard")
+    return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1]
 
 
-def _whole(value: Any) -> Any:
+def _sent(path: _Path, value: Any) -> Any:
     if isinstance(value, DTensor):
-        return value.full_tensor().detach()
+        return _Box(tuple(value.shape), _offsets(path, value), value.to_local().detach())
     return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+def _put_together(parts: Sequence[dict[_Path, Any]]) -> dict[_Path, Any]:
+    """Returns the leaves of all ranks; where several hold one, that of the lowest rank, and of boxes the whole."""
+    whole: dict[_Path, Any] = {}
+    for part in parts:
+        for path, value in part.items():
+            if not isinstance(value, _Box):
+                whole.setdefault(path, value)
+                continue
+            if path not in whole:
+                whole[path] = torch.empty(value.shape, dtype=value.data.dtype)
+            _part(whole[path], value.offsets, value.data.shape).copy_(value.data)
+    return whole
+
+
+def _part(whole: torch.Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+    for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+        whole = whole.narrow(dim, offset, size) if size else whole.narrow(dim, 0, 0)
+    return whole
+
+
+def _fqn(path: _Path) -> str:
+    return ".".join(map(str, path))
 
 
 def _packed(leaves: dict[_Path, Any]) -> bytes:
@@ -136,7 +178,9 @@ def _write(leaves: dict[_Path, Any], checkpoint_id: str) -> None:
 
 
 def _check(path: _Path, value: Any, held: dict[_Path, Any]) -> None:
-    fqn = ".".join(map(str, path))
+    fqn = _fqn(path)
+    if isinstance(value, DTensor) and _is_here(value):
+        _offsets(path, value)
     if path not in held:
         raise KeyError(f"{fqn} is not in the checkpoint")
     is_tensor, was_tensor = isinstance(value, torch.Tensor), isinstance(held[path], torch.Tensor)
@@ -146,13 +190,13 @@ def _check(path: _Path, value: Any, held: dict[_Path, Any]) -> None:
         raise ValueError(f"{fqn} is {tuple(held[path].shape)} in the checkpoint, not {tuple(value.shape)}")
 
 
-def _fill(target: torch.Tensor, source: torch.Tensor) -> None:
+def _fill(path: _Path, target: torch.Tensor, source: torch.Tensor) -> None:
     with torch.no_grad():
         if not isinstance(target, DTensor):
             target.detach().copy_(source)
         elif _is_here(target):
-            own = distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None)
-            target.to_local().detach().copy_(own.to_local())
+            local = target.to_local().detach()
+            local.copy_(_part(source, _offsets(path, target), local.shape))
 
 
-BACKEND = EngineBackend("gathered", save, load)
+BACKEND = EngineBackend("gathered", save, load, absent=("strided-shards",))

@@ -5,6 +5,7 @@ The server is moto's; it keeps its objects in memory and ends with the run.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ _BUCKET = "checkpoints"
 @contextmanager
 def moto_bucket() -> Iterator[str]:
     """Starts an S3 server with an empty bucket on a free port, and yields the bucket's URL."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it prints a line for each request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

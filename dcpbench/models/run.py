@@ -26,7 +26,6 @@ from dcpbench.models.snapshot import digests_of, state_of
 from dcpbench.needs import TRAINING_NEEDS
 from dcpbench.ranks.act import place_of
 from dcpbench.ranks.meshes import mesh_of
-from dcpbench.ranks.wishes import missing
 
 __all__ = ["run_training_step"]
 
@@ -45,10 +44,8 @@ def run_training_step(
     backend = registry.resolve(command.backend)
     session = backend.open(reuse=False)
     run = _Run(case, step, device, enter_phase, session, state_dict_functions(backend))
-    lacking = sorted(TRAINING_NEEDS & registry.declared_absent(backend))
-    if case.form == "stateful" and step.action != "read":
-        lacking += missing(["stateful"], session)
-    if lacking:
+    needed = TRAINING_NEEDS | ({"statefuls"} if case.form == "stateful" else set())
+    if lacking := sorted(needed & registry.absent_of(backend)):
         error = ErrorReport("Unsupported", f"the backend has no {', '.join(lacking)}", "")
         return Observation(rank, command.world_size, command.step, step.action, "unsupported", "open", error)
     checkpoint_id = str(place_of(command, "ckpt"))

@@ -27,7 +27,8 @@ def refused(case: Case, observations: Sequence[Observation]) -> tuple[list[Findi
     absent = lacking(observations)
     first = min(seen.step for seen in observations if seen.lacks)
     for number in range(first, len(case.steps)):
-        seen = [one for one in observations if one.step == number]
+        layout = case.layouts[case.steps[number].layout]
+        seen = [one for one in observations if one.step == number and layout.takes_part(one.rank)]
         if all(one.outcome == "ok" for one in seen):
             continue
         raised = [one for one in seen if one.outcome == "raised" and one.phase != "metadata"]

@@ -81,7 +81,9 @@ class BackendsSeen:
         """Leaves all locations that were entered, and waits until they are left."""
         for process, _ in self._places.values():
             assert process.stdin is not None
+            assert process.stdout is not None
             process.stdin.close()
+            process.stdout.close()
         for process, _ in self._places.values():
             try:
                 process.wait(_ENDS_WITHIN_S)

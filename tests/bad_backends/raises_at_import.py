@@ -1,0 +1,3 @@
+"""A backend module that cannot be imported."""
+
+raise RuntimeError("no licence\nwas found")
