@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -20,14 +18,6 @@ def test_each_argument_is_reached_or_has_a_reason():
     assert [row for row in ROWS if row not in REACHED and row not in REASONS] == []
     assert page.misplaced_rows() == []
     assert all(REASONS.values())
-
-
-def test_the_committed_page_has_no_empty_row():
-    text = Path("docs/coverage.md").read_text(encoding="utf-8")
-    held = dict(re.findall(r"^\| `?([^|`]+)`? \| (\d+|-) \|", text, re.MULTILINE))
-    missing = [row for row in (*ROWS, *FEATURES) if row not in held]
-    assert not missing, "run: dcpbench coverage > docs/coverage.md"
-    assert [row for row, number in held.items() if number == "-" and row not in REASONS] == []
 
 
 def test_a_new_argument_makes_an_empty_row(monkeypatch):

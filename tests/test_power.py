@@ -154,8 +154,13 @@ def test_the_page_tells_what_was_caught_and_what_was_not():
 
 def test_the_committed_page_has_the_whole_bank():
     text = Path("docs/power.md").read_text(encoding="utf-8")
-    missing = [name for name in bank.MUTANTS if f"| `{name}` |" not in text]
+    missing = [name for name in bank.MUTANTS if f"`{name}`" not in text]
     assert not missing, "run: dcpbench power --rows FILE --page docs/power.md"
+
+
+def test_what_has_no_row_is_told():
+    assert "Not searched yet: 1 of the bank" in page(ROWS, ["a", "b", "c", "d"])
+    assert "Not searched yet" not in page(ROWS, ["a"])
 
 
 def test_a_half_is_decided_by_the_name_alone():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,9 +72,10 @@ def drawn_counts(profile: str, world_size: int) -> Counts:
 def _draw(test: SuiteTest, counts: Counts) -> None:
     rows = {**REACHED, **FEATURES}
 
-    def look(case: Any) -> None:
-        counts.num_cases[test.name] += 1
-        counts.reached.update((row, test.name) for row, is_reached in rows.items() if is_reached(case))
+    def look(drawn: Any) -> None:
+        for case in drawn if isinstance(drawn, Sequence) else (drawn,):
+            counts.num_cases[test.name] += 1
+            counts.reached.update((row, test.name) for row, is_reached in rows.items() if is_reached(case))
 
     settings = hypothesis.settings(
         max_examples=test.num_cases,
@@ -84,7 +85,7 @@ def _draw(test: SuiteTest, counts: Counts) -> None:
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    settings(given(case=test.strategy)(look))()
+    settings(given(drawn=test.strategy)(look))()
 
 
 def empty_rows(counts: Counts) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,21 +140,23 @@ class Hunt:
     def _around(self, body: Callable[..., None]) -> Callable[..., None]:
         """Returns ``body`` with an end to shrinking, and a memory: a case is judged once."""
 
-        def judge_once(case: AnyCase) -> None:
-            if case.id not in self._is_caught:
+        def judge_once(drawn: AnyCase | Sequence[AnyCase]) -> None:
+            cases = drawn if isinstance(drawn, Sequence) else (drawn,)
+            key = " ".join(case.id for case in cases)
+            if key not in self._is_caught:
                 if self._elapsed_s() > (self.seconds + self.shrink_s if self.caught_by else self.max_s):
                     raise _Enough
-                self.num_cases += not self.caught_by
-                self._is_caught[case.id] = self._catches(body, case)
-            if self._is_caught[case.id]:
-                self.case = case
+                self.num_cases += 0 if self.caught_by else len(cases)
+                self._is_caught[key] = self._catches(body, drawn)
+            if self._is_caught[key]:
+                self.case = cases[-1]
                 raise _Caught  # from one place: Hypothesis takes two for two defects
 
         return judge_once
 
-    def _catches(self, body: Callable[..., None], case: AnyCase) -> bool:
+    def _catches(self, body: Callable[..., None], drawn: AnyCase | Sequence[AnyCase]) -> bool:
         try:
-            body(case)
+            body(drawn)
         except _Caught:
             return True
         return False

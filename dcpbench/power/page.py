@@ -37,15 +37,24 @@ specifications. Rows are written as they are made: an interrupted run goes on wi
 """
 
 
-def page(rows: Sequence[Row]) -> str:
-    """Returns the Markdown page."""
+def page(rows: Sequence[Row], names: Sequence[str] = ()) -> str:
+    """Returns the Markdown page.
+
+    Args:
+        rows: of all searches.
+        names: all of the bank; those without a row are listed as not yet searched.
+    """
     mutants = [row for row in rows if row.kind == "mutant"]
     lines = [_HEAD, *_how(rows), "## In figures", "", *_figures(mutants), ""]
     for half in ("reporting", "tuning"):
         held = sorted((row for row in mutants if half_of(row.name) == half), key=lambda row: row.name)
         lines += [f"## Mutants of the {half} half", "", *_matrix(held), ""]
     odd = [row for row in rows if row.kind == "odd"]
-    lines += ["## Odd, and right", "", *_odd(odd), "", "## What takes no part", ""]
+    lines += ["## Odd, and right", "", *_odd(odd), ""]
+    searched = {row.name for row in rows}
+    if left := sorted(f"`{name}`" for name in set(names) - searched):
+        lines += [f"## Not searched yet: {len(left)} of the bank", "", f"{', '.join(left)}.", ""]
+    lines += ["## What takes no part", ""]
     lines += [f"- `suites/{name}.py`: {why}." for name, why in LEFT_OUT.items()]
     return "\n".join(lines) + "\n"
 

@@ -85,13 +85,14 @@ def power(options: Options) -> int:
         options.world_size, "cpu", (), options.profile, options.rank_timeout_s, options.results / "power"
     )
     session = SuiteSession(settings, defects)
+    whole = Bank((), ())
     try:
-        bank = chosen(read_bank(session.pool, options.bank), options.only, options.half)
-        rows = _Searches(session, options, file).run(bank)
+        whole = read_bank(session.pool, options.bank)
+        rows = _Searches(session, options, file).run(chosen(whole, options.only, options.half))
     finally:
         session.close()
         say("")
-        _write(file, options)
+        _write(file, options, whole)
     return 0 if all(row.status in ("caught", "clean") for row in rows) else 1
 
 
@@ -182,7 +183,7 @@ def _tests(profile: str) -> list[SuiteTest]:
     return load_tests(SUITES)
 
 
-def _write(file: RowFile, options: Options) -> None:
+def _write(file: RowFile, options: Options, bank: Bank) -> None:
     """Says what the rows come to, and writes them as Parquet and as a page."""
     if not file.rows:
         return
@@ -192,7 +193,8 @@ def _write(file: RowFile, options: Options) -> None:
     write_parquet(file.rows, parquet)
     print(f"rows: {file.path}, {parquet}")
     if options.page is not None:
-        options.page.write_text(page(file.rows), encoding="utf-8")
+        names = [*(mutant.name for mutant in bank.mutants), *map(_name_of, bank.odd)]
+        options.page.write_text(page(file.rows, names), encoding="utf-8")
         print(f"page: {options.page}")
 
 

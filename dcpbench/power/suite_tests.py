@@ -5,6 +5,7 @@ All tests have a slice in each round, so that a defect which any of them shows i
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 import itertools
@@ -68,6 +69,7 @@ class SuiteTest:
     """A test of the suites: a property with a strategy, or a function with parameters.
 
     Attributes:
+        parameter: of a property, which takes what is drawn.
         num_cases: what the loaded profile gives a property; 0 for a function.
     """
 
@@ -76,6 +78,7 @@ class SuiteTest:
     function: Callable[..., None]
     arguments: dict[str, Any]
     strategy: Any = None
+    parameter: str = "case"
     num_cases: int = 0
 
     def run(
@@ -93,19 +96,20 @@ class SuiteTest:
             session: takes the place of pytest's fixture ``pool``.
             backend: specification.
             check: takes the place of the fixture.
-            around: makes of the body of a property, which takes ``case``, the one that Hypothesis calls.
+            around: makes of the body of a property, which takes what is drawn, the one that Hypothesis calls.
         """
         session.settings = replace(session.settings, profile=part.profile, backends=(backend,))
         session.begin_test(self.name)
         given_here = {"pool": session, "backend": backend, "check": check, **self.arguments}
         fixed = {name: value for name, value in given_here.items() if name in _parameters(self.function)}
-        if self.strategy is None:
-            try:
+        with contextlib.suppress(pytest.skip.Exception):
+            if self.strategy is None:
                 self.function(**fixed)
-            except pytest.skip.Exception:
-                return
-            return
-        body = around(lambda case: self.function(case=case, **fixed))
+            else:
+                self._draw(part, around(lambda drawn: self.function(**{self.parameter: drawn}, **fixed)))
+
+    def _draw(self, part: Slice, body: Callable[..., None]) -> None:
+        """Runs ``body`` on what the strategy gives."""
         settings = hypothesis.settings(
             max_examples=part.num_cases,
             deadline=None,
@@ -117,10 +121,10 @@ class SuiteTest:
             print_blob=False,
         )
 
-        def draw_and_run(case: Any) -> None:
-            body(case)
+        def draw_and_run(drawn: Any) -> None:
+            body(drawn)
 
-        settings(hypothesis.seed(part.seed)(given(case=self.strategy)(draw_and_run)))()
+        settings(hypothesis.seed(part.seed)(given(drawn=self.strategy)(draw_and_run)))()
 
 
 def load_tests(suites: Path) -> list[SuiteTest]:
@@ -157,8 +161,9 @@ def _tests_of(name: str, kind: Kind, function: Any) -> Iterator[SuiteTest]:
         return
     body, strategies = function.hypothesis.inner_test, function.hypothesis._given_kwargs
     if {"pool", "backend", "check"} <= _parameters(body):
+        ((parameter, strategy),) = strategies.items()
         settings = function._hypothesis_internal_use_settings
-        yield SuiteTest(name, kind, body, {}, strategies["case"], settings.max_examples)
+        yield SuiteTest(name, kind, body, {}, strategy, parameter, settings.max_examples)
 
 
 def _argument_sets(function: Any) -> Iterator[dict[str, Any]]:

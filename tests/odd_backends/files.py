@@ -74,14 +74,10 @@ class _Deflating(io.RawIOBase):
         self.output.write(self.packer.compress(data))
         return len(memoryview(data).cast("B"))
 
-    def flush(self) -> None:
-        if not self.closed:
-            self.output.write(self.packer.flush(zlib.Z_FULL_FLUSH))
-
     def close(self) -> None:
         if not self.closed:
             self.output.write(self.packer.flush())
-            super(io.RawIOBase, self).close()
+            super().close()
 
 
 class Deflate(StreamTransformExtension):
