@@ -164,6 +164,13 @@ def test_a_name_that_is_none_is_one_line(pool):
         pool.backends.of("tests.test_capabilities:odd")
 
 
+def test_each_rule_on_capabilities_has_its_mutant():
+    for code, rule in RULES.items():
+        assert (rule.family == "capabilities") == code.startswith("R0")
+        if rule.family == "capabilities":
+            assert getattr(absences, rule.mutant).absent
+
+
 def test_each_capability_has_a_sentence():
     assert all(one.sentence.endswith(".") and name == one.name for name, one in CAPABILITIES.items())
     assert {rule.capability for rule in RULES.values()} - {""} <= set(CAPABILITIES)
