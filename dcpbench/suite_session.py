@@ -270,7 +270,7 @@ class SuiteSession:
             how = "pass" if verdict.status == "PASS" else "unsupported"
             self.tally.update((rule, backend, how) for rule in verdict.checked)
             if verdict.absent and how == "unsupported":
-                self.tally.update((rule, backend, "pass") for rule in ("R001", "R002", "R003"))
+                self.tally.update((rule, backend, "pass") for rule in ("C001", "C002", "C003"))
         broken = {
             (finding.rule, "known" if defect.backend == backend else "inherited") for finding, defect in explained
         }

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from dcpbench import UsageError
+from dcpbench.ranks.backends_seen import BackendsSeen
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -49,10 +52,7 @@ def test_one_clear_finding(name, rule, says, tmp_path):
 @pytest.mark.parametrize(
     ("specification", "says"),
     [
-        (
-            "tests.bad_backends.raises_at_import:x",
-            "to import but got RuntimeError: no licence was found.",
-        ),
+        ("tests.bad_backends.raises_at_import:x", "to import but got RuntimeError: no licence was found."),
         ("tests.bad_backends.exits_at_import:x", "to import but got SystemExit: 0."),
         ("tests.bad_backends.dies_at_import:x", "to open but its rank died: "),
         ("tests.bad_backends:absent", "Expected an attribute 'absent' in module 'tests.bad_backends'"),
@@ -61,9 +61,18 @@ def test_one_clear_finding(name, rule, says, tmp_path):
         ("tests.bad_backends:ends_its_location", "to be entered but its process ended. Mend it."),
     ],
 )
-def test_one_clear_line_before_any_case(specification, says, tmp_path):
-    done = run(specification, tmp_path)
+def test_one_clear_line_before_any_case(specification, says, pool):
+    seen = BackendsSeen(lambda: pool.pool)
+    with pytest.raises(UsageError) as caught:
+        seen.place(specification)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+    seen.close()
+
+
+def test_the_line_ends_the_run(tmp_path):
+    done = run("tests.bad_backends:has_no_location", tmp_path)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR, done.stdout
-    assert [line for line in done.stderr.splitlines() if "ERROR: Expected" in line and says in line], done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("ERROR: Expected the location of backend")]
     assert "Traceback" not in done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -85,7 +85,8 @@ def _findings(case: Case, observations: Sequence[Observation]) -> Iterator[Findi
     tables: dict[int | None, Observation] = {}
     for number, step in enumerate(case.steps):
         seen = [one for one in observations if one.step == number]
-        yield from outcome.findings(case, number, seen)
+        layout = case.layouts[step.layout]
+        yield from outcome.findings(case, number, [one for one in seen if layout.takes_part(one.rank)])
         if step.action == "load" and step.misuse != "none" and all(one.outcome == "raised" for one in seen):
             yield from chain.from_iterable(refusals.findings(case, one) for one in seen)
         if any(one.outcome != "ok" for one in seen):

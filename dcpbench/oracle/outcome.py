@@ -17,10 +17,9 @@ _CAUSE = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b.*")
 
 def findings(case: Case, number: int, seen: Sequence[Observation]) -> Iterator[Finding]:
     """Yields what is wrong with the outcomes of step ``number``: the first cause, not its echo on other ranks."""
-    step = case.steps[number]
-    seen = [one for one in seen if case.layouts[step.layout].takes_part(one.rank)]
     if not seen:
         return
+    step = case.steps[number]
     for outcome, judge_lost in (("died", _lost), ("hung", _hung)):
         lost = [one for one in seen if one.outcome == outcome]
         if lost:

@@ -15,7 +15,7 @@ _MARKS = {"PASS": "✓", "FAIL": "✗", "UNSUPPORTED": "–", "UNKNOWN": "?"}
 _STATUSES = {
     "PASS": "put to the test, and never broken",
     "FAIL": "broken in at least one case",
-    "UNSUPPORTED": "needs a capability that the backend lacks, and refused on all ranks where a case asked for it",
+    "UNSUPPORTED": "needs a capability that the backend lacks, and never did it wrong where it was asked for",
     "UNKNOWN": "not put to the test in this run; never a pass",
 }
 
@@ -160,7 +160,7 @@ def _count(entry: Entry) -> str:
         return f"{entry.num_broken} of {entry.num_cases}{known}"
     counts = [f"{entry.num_cases}"] if entry.num_cases or entry.status == "PASS" else []
     counts += [f"{entry.num_inherited} inherited"] if entry.num_inherited else []
-    counts += [f"{entry.num_unsupported} refused"] if entry.num_unsupported else []
+    counts += [f"{entry.num_unsupported} unsupported"] if entry.num_unsupported else []
     return ", ".join(counts) or "no case"
 
 
