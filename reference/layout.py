@@ -20,7 +20,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 __all__ = [
     "LayoutError",
@@ -39,6 +39,9 @@ __all__ = [
 
 Run = tuple[int, int]
 """A stretch of one tensor dim: (first global index, number of indices)."""
+
+_Cut = tuple[int, int | None]
+"""What a mesh axis does to a tensor: the dim that it cuts, and the split factor of a strided shard."""
 
 
 class LayoutError(ValueError):
@@ -188,45 +191,63 @@ def _merge(runs: list[Run]) -> list[Run]:
 
 
 def _dtensor_boxes(fqn: str, value: DTensor) -> list[LocalBox]:
-    mesh, size = value.device_mesh, torch.Size(value.size())
+    mesh, size, placements = value.device_mesh, torch.Size(value.size()), value.placements
     local = _local_tensor(value)
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
-    splits: list[list[tuple[int, int, int | None]]] = [[] for _ in size]
-    for axis in _axes_in_order(value):
-        placement = value.placements[axis]
-        if isinstance(placement, Partial):
-            raise LayoutError(
-                f"Expected placements without pending reductions but got {fqn!r} placements={value.placements!r}. "
-                "Call redistribute() with Replicate or Shard first."
-            )
-        if isinstance(placement, _StridedShard):
-            splits[placement.dim].append((mesh.size(axis), coordinate[axis], int(placement.split_factor)))
-        elif isinstance(placement, Shard):
-            splits[placement.dim].append((mesh.size(axis), coordinate[axis], None))
-        elif not isinstance(placement, Replicate):
-            raise LayoutError(
-                f"Expected Shard, Replicate or _StridedShard placements but got {fqn!r} "
-                f"placements={value.placements!r}. Redistribute the tensor to one of these."
-            )
-    runs = [local_runs(dim_size, tuple(dim_splits)) for dim_size, dim_splits in zip(size, splits, strict=True)]
-    if math.prod(size) == 0:
+    # A redistributed DTensor may have been sharded by its mesh axes in another order than left to right.
+    order = tuple(axis for entry in getattr(value._spec, "shard_order", None) or () for axis in entry.mesh_dims)
+    cuts = tuple([_cut_of(fqn, value, placement) for placement in placements])
+    runs, expected = _runs_of_all(size, tuple(mesh.shape), tuple(coordinate), cuts, order)
+    if 0 in size:
         return [LocalBox(torch.Size([0] * len(size)), size, local.detach().new_empty(size))]
-    expected = torch.Size(sum(length for _, length in dim_runs) for dim_runs in runs)
     if local.size() != expected and (local.numel() or math.prod(expected)):
         raise LayoutError(
             f"Expected a local tensor of shape {tuple(expected)} but got {fqn!r} local shape={tuple(local.size())} "
-            f"for global shape {tuple(size)}, placements {value.placements!r}, mesh coordinate {coordinate!r}. "
+            f"for global shape {tuple(size)}, placements {placements!r}, mesh coordinate {coordinate!r}. "
             "Pass shape= and stride= to DTensor.from_local if the shards are uneven."
         )
     return _boxes_of_runs(runs, local)
 
 
-def _axes_in_order(value: DTensor) -> list[int]:
-    # A redistributed DTensor may have been sharded by its mesh axes in another order than left to right.
-    order = getattr(value._spec, "shard_order", None) or ()
-    ordered = [axis for entry in order for axis in entry.mesh_dims]
-    return ordered + [axis for axis in range(value.device_mesh.ndim) if axis not in ordered]
+def _cut_of(fqn: str, value: DTensor, placement: Placement) -> _Cut | None:
+    """Return the dim that a placement cuts, with the split factor of a strided shard; None if it cuts none."""
+    if type(placement) is Shard:
+        return (placement.dim, None)
+    if isinstance(placement, _StridedShard):
+        return (placement.dim, int(placement.split_factor))
+    if isinstance(placement, Shard):
+        return (placement.dim, None)
+    if isinstance(placement, Replicate):
+        return None
+    if isinstance(placement, Partial):
+        raise LayoutError(
+            f"Expected placements without pending reductions but got {fqn!r} placements={value.placements!r}. "
+            "Call redistribute() with Replicate or Shard first."
+        )
+    raise LayoutError(
+        f"Expected Shard, Replicate or _StridedShard placements but got {fqn!r} "
+        f"placements={value.placements!r}. Redistribute the tensor to one of these."
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _runs_of_all(
+    size: torch.Size,
+    mesh_shape: tuple[int, ...],
+    coordinate: tuple[int, ...],
+    cuts: tuple[_Cut | None, ...],
+    first_axes: tuple[int, ...],
+) -> tuple[list[tuple[Run, ...]], torch.Size]:
+    """Return what a place of the mesh holds along each dim, and the local shape; worked out once for equal tensors."""
+    splits: list[list[tuple[int, int, int | None]]] = [[] for _ in size]
+    for axis in (*first_axes, *(axis for axis in range(len(mesh_shape)) if axis not in first_axes)):
+        cut = cuts[axis]
+        if cut is not None:
+            dim, split_factor = cut
+            splits[dim].append((mesh_shape[axis], coordinate[axis], split_factor))
+    runs = [local_runs(dim_size, tuple(dim_splits)) for dim_size, dim_splits in zip(size, splits, strict=True)]
+    return runs, torch.Size([sum(length for _, length in dim_runs) for dim_runs in runs])
 
 
 def _boxes_of_runs(runs: list[tuple[Run, ...]], local: torch.Tensor) -> list[LocalBox]:
