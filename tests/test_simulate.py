@@ -10,7 +10,9 @@ from hypothesis import given, settings
 
 from dcpbench import judge, load_case, protocol
 from dcpbench.backends import registry
+from dcpbench.bench.simulator import Options, measure
 from dcpbench.case_files import loads_case
+from dcpbench.errors import UsageError
 from dcpbench.geometry import Box
 from dcpbench.messages import Observation
 from dcpbench.protocol_case import Halt, ProtocolCase, ProtocolLeaf, ProtocolPart, ProtocolStep
@@ -137,6 +139,16 @@ def test_a_case_file_is_read_and_run_on_a_rank(pool, tmp_path):
     verdict = judge(case, pool.run(case, "reference"))
     assert verdict.status == "PASS"
     assert {"R001", "R002"} <= set(verdict.checked)
+
+
+def test_the_benchmark_prints_rates_orders_and_one_case_at_scale(capsys):
+    assert measure(Options(seconds=0.05, num_ranks=64, num_tensors=20)) == 0
+    printed = capsys.readouterr().out
+    assert "reference: " in printed
+    assert "a save by 2 ranks, changed where ranks wait: 70 legal orders" in printed
+    assert "64 ranks x 20 tensors, 1280 items: " in printed
+    with pytest.raises(UsageError, match="--seconds"):
+        measure(Options(seconds=0))
 
 
 def test_whole_engines_are_left_out(tmp_path):
