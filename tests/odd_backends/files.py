@@ -75,13 +75,14 @@ class _Deflating(io.RawIOBase):
         return len(memoryview(data).cast("B"))
 
     def flush(self) -> None:
-        if not self.closed:
+        if self.packer is not None:
             self.output.write(self.packer.flush(zlib.Z_FULL_FLUSH))
 
     def close(self) -> None:
-        if not self.closed:
+        if self.packer is not None:
             self.output.write(self.packer.flush())
-            super(io.RawIOBase, self).close()
+            self.packer = None  # IOBase.close() flushes once more
+        super().close()
 
 
 class Deflate(StreamTransformExtension):
