@@ -108,7 +108,7 @@ PROTOCOL_RULES: Final = (
         "R012",
         "unlike-metadata",
         "protocol",
-        "The metadata must list what the final plans write, chunk by chunk, and nothing else.",
+        "The metadata must list what the final plans write of each leaf, chunk by chunk.",
         f"{_SAVE_PLANNER}: create_global_plan computes the global plan and the metadata",
         "lists_whole_tensors",
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from dcpbench.geometry import Box
@@ -69,7 +69,6 @@ class StepSeen:
         results: FQN, offsets and rank of each result that the storage reported; None where it gave none of that kind.
         strays: requests to the planner for what is not in the plan.
         tables: what the metadata says of tensors.
-        keys: what the metadata lists at all.
         order: the ranks in the order of their turns.
         problem: why ranks wait for ever, or ask for different collectives.
     """
@@ -81,7 +80,6 @@ class StepSeen:
     results: tuple[tuple[str, tuple[int, ...] | None, int], ...] | None = None
     strays: tuple[str, ...] = ()
     tables: tuple[ChunkTable, ...] = ()
-    keys: tuple[str, ...] = ()
     filled: tuple[Filled, ...] = ()
     order: tuple[int, ...] = ()
     problem: str = ""
@@ -101,4 +99,3 @@ class ProtocolSeen:
     unsupported: str = ""
     in_order: tuple[StepSeen, ...] | None = None
     anew: tuple[StepSeen, ...] | None = None
-    more: dict[str, str] = field(default_factory=dict)

@@ -177,9 +177,6 @@ def _plans(case: ProtocolCase, number: int, seen: StepSeen) -> Iterator[Finding]
         yield from _listed(case, number, leaf, seen, boxes)
         for item in items:
             yield from _data(case, number, leaf, item)
-    extra = {*seen.keys, *(item.fqn for item in seen.planned)} - {leaf.fqn for leaf in case.leaves}
-    if extra:
-        yield _finding(case, number, "R012", f"{min(extra)!r} is listed or written, and is no leaf", ())
 
 
 def _listed(case: ProtocolCase, number: int, leaf: int, seen: StepSeen, boxes: list[Box]) -> Iterator[Finding]:

@@ -223,7 +223,6 @@ def _seen(ranks: Sequence[_Rank], run: Run) -> StepSeen:
         results=_results(first.results) if first.is_storage and first.is_finishing else None,
         strays=tuple(stray for rank in ranks for stray in getattr(rank.planner, "strays", ())),
         tables=tuple(tables),
-        keys=tuple(entries),
         filled=tuple(one for rank in ranks for one in rank.filled()),
         order=tuple(run.order),
         problem=run.problem,
