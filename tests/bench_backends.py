@@ -8,8 +8,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 import reference
@@ -75,7 +73,6 @@ reads_from_memory = EngineBackend("reads-from-memory", _save_and_keep, _load_wha
 wrong_bytes = EngineBackend("wrong-bytes", _save, _load_wrong)
 forgets_a_rank = EngineBackend("forgets-a-rank", _save, _load_but_on_rank_1)
 raises = EngineBackend("raises", _raise, _raise)
-plain = EngineBackend("plain", save, load)
 
 
 def stay_resident(rank, world_size):
