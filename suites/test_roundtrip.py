@@ -29,7 +29,6 @@ def test_checkpoints_do_not_mix(case, pool, backend, check):
     check(judge(case, pool.run(case, backend)))
 
 
-@share(1 / 2)
 @given(case=cases.bad_loads())
 def test_bad_loads_are_refused_on_all_ranks(case, pool, backend, check):
     check(judge(case, pool.run(case, backend)))
@@ -47,7 +46,6 @@ def test_a_load_brings_what_was_asked_for(case, pool, backend, check):
     check(judge(case, pool.run(case, backend)))
 
 
-@share(1 / 2)
 @given(case=cases.bad_saves())
 def test_bad_saves_are_refused_on_all_ranks(case, pool, backend, check):
     check(judge(case, pool.run(case, backend)))

@@ -35,6 +35,12 @@ SMALL = fitted("few-huge", 1 << 20)
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace: apt-get install strace")
 
 
+@pytest.fixture(autouse=True)
+def as_if_alone(monkeypatch):
+    """Benchmarks refuse to run in a worker of xdist; here no figure of theirs is used."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
 @pytest.fixture(scope="module")
 def two_ranks():
     with RankPool(2) as ranks:

@@ -48,7 +48,8 @@ def _staged(draw: st.DrawFn, tensors: Sequence[TensorLeaf], objects: Sequence[Ob
         is_free = all(part.kind == "key" for part in leaf.path) and number not in tied
         if world_size == 1 or not is_free or draw(st.booleans(), label="on all ranks"):
             continue
-        ranks = draw(st.lists(st.sampled_from(range(world_size)), min_size=1, unique=True), label="holders")
+        most = 1 if draw(st.booleans(), label="on one rank") else world_size
+        ranks = draw(st.lists(st.sampled_from(range(world_size)), min_size=1, max_size=most, unique=True), "holders")
         held_by.append(Holders(number, tuple(sorted(ranks))))
         if number < len(tensors) and placed[number].placements is not None:
             mesh = draw(_meshes_of(ranks), label="mesh")
