@@ -7,7 +7,7 @@ from hypothesis import given
 from dcpbench import cases, judge, share
 
 
-@share(1 / 5)
+@share(1 / 3)
 @given(case=cases.switched())
 def test_options_change_no_byte(case, pool, backend, check):
     check(judge(case, pool.run(case, backend)))
