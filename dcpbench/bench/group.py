@@ -94,10 +94,11 @@ def measure_group(pool: RankPool, group: Group, rounds: Rounds, storage: Path, s
         pool: with enough ranks.
         group: what to measure.
         rounds: how.
-        storage: a folder on the file system to be measured; nothing is left in it.
+        storage: a folder on the file system to be measured; nothing is left in it, but by ranks that are interrupted.
         say: told what is being done.
     """
-    with tempfile.TemporaryDirectory(prefix="dcpbench-", dir=storage) as folder:
+    # ranks that are interrupted may still write: what they leave goes with ``storage``
+    with tempfile.TemporaryDirectory(prefix="dcpbench-", dir=storage, ignore_cleanup_errors=True) as folder:
         run = _Run(pool, group, rounds, Path(folder), say)
         try:
             return run.rows()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -80,7 +81,11 @@ def measure(matrix: Matrix, show: Callable[[Row], None], say: Callable[[str], No
     groups = _groups(matrix)
     storage = matrix.storage or matrix.results
     _refuse(matrix, groups, storage)
-    with RankPool(max(max(g.world_size, g.load_world_size) for g in groups), device=matrix.device) as pool:
+    num_ranks = max(max(group.world_size, group.load_world_size) for group in groups)
+    with (
+        tempfile.TemporaryDirectory(prefix="dcpbench-", dir=storage) as scratch,  # goes when no rank can write any more
+        RankPool(num_ranks, device=matrix.device) as pool,
+    ):
         pool.rank_timeout_s = _TIMEOUT_S
         say("starting the ranks")
         for backend in matrix.backends:
@@ -88,7 +93,7 @@ def measure(matrix: Matrix, show: Callable[[Row], None], say: Callable[[str], No
         writer = RunWriter(matrix.results, this_machine().id, _manifest(matrix, storage, groups))
         is_complete = False
         try:
-            run_matrix(pool, groups, matrix.rounds, storage, keep=writer.add, show=show, say=say)
+            run_matrix(pool, groups, matrix.rounds, Path(scratch), keep=writer.add, show=show, say=say)
             is_complete = True
         finally:
             say("")

@@ -151,8 +151,10 @@ def against_torch(setup, fields):
         return found
     mine, yours = snapshot((mine, yours))
     loaded = []
-    # torch cannot load a full state dict that is flat too, or of an optimizer without state.
-    is_beyond_torch = fields.get("full_state_dict") and (fields.get("flatten_optimizer_state_dict") or name == "sgd")
+    # torch cannot load a full state dict that is flat too, of an optimizer without state, or into some strided shards.
+    is_beyond_torch = fields.get("full_state_dict") and (
+        fields.get("flatten_optimizer_state_dict") or name == "sgd" or kind == "fsdp_tp"
+    )
     for functions, state in ((ours if is_beyond_torch else theirs, mine), (ours, yours)):
         fresh, fresh_optimizer = build(kind, name, 9, hidden)
         functions.set_state_dict(
