@@ -15,7 +15,6 @@ from dcpbench import codec, known_defects, profiles
 from dcpbench.backends import parts, registry
 from dcpbench.backends.parts import names_in
 from dcpbench.errors import DcpbenchError, UsageError, expected
-from dcpbench.messages import Call
 from dcpbench.oracle.verdict import RuleBrokenError
 from dcpbench.profiles import PROFILES
 from dcpbench.report.certificate import STATUSES, Failure, write_certificate
@@ -178,19 +177,10 @@ def _runs_all_suites(session: pytest.Session) -> bool:
 def _check_backends(suite: SuiteSession) -> None:
     """Has a rank open each backend: a module that fails to import ends the run with one line."""
     for name in suite.settings.backends:
-        seen = suite.backends.of(name)
-        if suite.settings.device == "cuda" and not seen["num_cuda_devices"]:
-            raise expected("a CUDA device", "--device", "cuda", "Give --device=cpu, or run where torch sees a GPU.")
+        suite.backends.check_device(name, suite.settings.device)
         if name not in registry.KNOWN:
-            suite.torch_parts[name] = _torch_parts(suite, name)
+            suite.torch_parts[name] = suite.backends.torch_parts(name)
         suite.backends.place(name)
-
-
-def _torch_parts(suite: SuiteSession, backend: str) -> tuple[str, ...]:
-    """Has a rank find out what of torch a backend is built on; nothing, where the backend ends the rank or hangs."""
-    target = "dcpbench.backends.lineage:describe"
-    (seen,) = suite.pool.step(Call(0, 1, target, {"specification": backend}, distributed=False))
-    return tuple(seen.value) if seen.outcome == "ok" else ()
 
 
 def _check_backends_before_workers_start(suite: SuiteSession) -> None:

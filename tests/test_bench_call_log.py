@@ -6,7 +6,7 @@ import pytest
 
 from dcpbench.bench.call_log import counts_of
 from dcpbench.bench.proof import Evidence, judged
-from dcpbench.bench.samples import CallSample, Counts
+from dcpbench.bench.samples import CallSample, Counts, Seen
 
 FOLDER = "/data/run/checkpoint"
 
@@ -81,10 +81,9 @@ def load(**more):
     return CallSample(0.0, 1.0, 1.0, **{"storage_read_bytes": 1000, **more})
 
 
-def evidence(**more):
-    counts = Counts(written_bytes=1000, synced_bytes=1000)
-    given = {"failure": "", "loads": [load()], "raw_loads": [load()], "counts": counts, "no_counts_because": ""}
-    return Evidence(**{**given, "stored_bytes": 1000, "state_bytes": 900, "is_cold": True, **more})
+def evidence(*, raw_loads=None, is_cold=True, **more):
+    given = {"loads": [load()], "counts": Counts(written_bytes=1000, synced_bytes=1000), "stored_bytes": 1000}
+    return Evidence(Seen(**{**given, **more}), raw_loads or [load()], 900, is_cold)
 
 
 def test_a_row_with_every_proof_is_valid():

@@ -9,8 +9,9 @@ import pytest
 
 from dcpbench.bench import planning_models, planning_steps
 from dcpbench.bench.planning_models import MODELS, Model
-from dcpbench.bench.planning_page import BEGIN, END, PlanningRun, fit, goals_of, page, plot, with_section
+from dcpbench.bench.planning_page import BEGIN, END, PlanningRun, goals_of, page, plot, with_section
 from dcpbench.bench.planning_scale import measure
+from dcpbench.bench.power_law import fit
 from dcpbench.errors import UsageError
 from dcpbench.geometry import Box, tiling_fault
 

@@ -19,9 +19,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dcpbench.bench import counters, goals, planning, reference, reference_ranks, roofline
+from dcpbench.bench import counters, goals, reference, reference_planning, reference_ranks, roofline
 from dcpbench.bench.figures import Figures, Planned, Sample, Workload, combined
-from dcpbench.bench.reference_goals import goals_of, growth_exponent
+from dcpbench.bench.power_law import fit
+from dcpbench.bench.reference_goals import goals_of
 from dcpbench.cli import main
 from dcpbench.errors import DcpbenchError, UsageError
 
@@ -210,11 +211,11 @@ def test_a_quarter_that_comes_back_wrong_is_noticed(one_rank, tmp_path):
 
 def test_a_plan_that_covers_too_little_is_noticed(monkeypatch):
     arguments = {"side": "reference", "num_chunks": 64, "num_tensors": 1, "destination": "as many boxes"}
-    assert planning.plan_load(0, 1, **arguments).num_items == 128
+    assert reference_planning.plan_load(0, 1, **arguments).num_items == 128
     none = lambda _self, _fqn, _entry, boxes: [[] for _ in boxes]  # noqa: E731
     monkeypatch.setattr("reference.load_planner.PartFinder.parts", none)
     with pytest.raises(DcpbenchError, match="planned reads of 0 elements"):
-        planning.plan_load(0, 1, **arguments)
+        reference_planning.plan_load(0, 1, **arguments)
 
 
 def test_the_raw_limit_moves_the_bytes_themselves(tmp_path):
@@ -272,9 +273,9 @@ def test_goals_hold_medians_of_rounds_against_their_limits():
 
 
 def test_growth_is_an_exponent():
-    assert growth_exponent({n: 7.0 * n for n in (10, 100, 1000)}) == pytest.approx(1.0)
-    assert growth_exponent({n: n * math.log(n) for n in (1024, 16384)}) == pytest.approx(1.121, abs=0.001)
-    assert growth_exponent({n: n**2 for n in (10, 100)}) == pytest.approx(2.0)
+    assert fit({n: 7.0 * n for n in (10, 100, 1000)}).exponent == pytest.approx(1.0)
+    assert fit({n: n * math.log(n) for n in (1024, 16384)}).exponent == pytest.approx(1.121, abs=0.001)
+    assert fit({n: n**2 for n in (10, 100)}).exponent == pytest.approx(2.0)
 
 
 def test_torch_is_never_needed_to_start():

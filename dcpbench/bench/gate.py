@@ -26,6 +26,9 @@ _COUNTERS = (
     *("num_storage_calls", "num_sync_calls", "num_collectives", "num_copies"),
 )
 
+_PATH_LENGTH, _PATH_DEPTH = 200, 16
+"""Characters and parts of the path that checkpoints are saved below: some backends store it, whole or in parts."""
+
 Counters = dict[str, dict[str, int]]
 
 
@@ -37,10 +40,10 @@ def measure_counters(backends: tuple[str, ...] = ("torch", "reference")) -> Coun
     """
     rounds = Rounds(timed=1, is_cold=False, with_async=False)
     found: Counters = {}
-    with RankPool(2) as pool, tempfile.TemporaryDirectory(prefix="dcpbench-") as storage:
+    with tempfile.TemporaryDirectory(prefix="dcpbench-") as storage, RankPool(2) as pool:
         for name, scale, layout in CASES:
             group = Group(workload(name, scale), layout, 2, 2, backends)
-            for row in measure_group(pool, group, rounds, Path(storage), lambda _: None):
+            for row in measure_group(pool, group, rounds, _like_everywhere(Path(storage)), lambda _: None):
                 found[f"{row.backend} {name} {layout}"] = _counters_of(row)
     return found
 
@@ -66,6 +69,18 @@ def read_counters(path: Path) -> Counters:
 def write_counters(found: Counters, path: Path) -> None:
     """Writes counters to a JSON file."""
     path.write_text(f"{json.dumps(found, indent=1, sort_keys=True)}\n", encoding="utf-8")
+
+
+def _like_everywhere(folder: Path) -> Path:
+    """Returns a folder below this one whose path is as long and as deep on each machine."""
+    while len(folder.parts) < _PATH_DEPTH - 1:
+        folder /= str(len(folder.parts))  # no two alike: a pickle stores those once
+    num_left = _PATH_LENGTH - len(str(folder)) - 1
+    if len(folder.parts) != _PATH_DEPTH - 1 or num_left < 1:
+        raise DcpbenchError(f"Expected a shorter path for temporary files but got {folder}. Set TMPDIR, to /tmp say.")
+    folder /= "x" * num_left
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _counters_of(row: Row) -> dict[str, int]:

@@ -8,9 +8,8 @@ What goes wrong with one backend ends its part alone; ranks that were lost are r
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from dcpbench.bench.call_log import STRACE_ARGUMENTS, counts_of
 from dcpbench.bench.placing import digest_of, place
 from dcpbench.bench.row import Row
 from dcpbench.bench.rows import Measured, row_of
-from dcpbench.bench.samples import AsyncSample, CallSample, Counts, Taken, async_over_ranks, over_ranks
+from dcpbench.bench.samples import CallSample, Seen, Taken, async_over_ranks, over_ranks
 from dcpbench.bench.workloads import Workload
 from dcpbench.errors import DcpbenchError
 from dcpbench.faults.tracer import Strace, StraceMissing
@@ -71,22 +70,6 @@ class Rounds:
     mtbf_s: float = 4 * 3600.0
 
 
-@dataclass
-class _Seen:
-    """What was measured of one side so far."""
-
-    warm_up: tuple[CallSample, CallSample] | None = None
-    memory: tuple[CallSample, CallSample] | None = None
-    saves: list[CallSample] = field(default_factory=list)
-    loads: list[CallSample] = field(default_factory=list)
-    backgrounds: list[AsyncSample] = field(default_factory=list)
-    counts: Counts | None = None
-    no_counts_because: str = "it was not asked for"
-    stored_bytes: int = 0
-    num_files: int = 0
-    failure: str = ""
-
-
 def measure_group(pool: RankPool, group: Group, rounds: Rounds, storage: Path, say: Callable[[str], None]) -> list[Row]:
     """Returns a row per backend.
 
@@ -94,16 +77,15 @@ def measure_group(pool: RankPool, group: Group, rounds: Rounds, storage: Path, s
         pool: with enough ranks.
         group: what to measure.
         rounds: how.
-        storage: a folder on the file system to be measured; nothing is left in it, but by ranks that are interrupted.
+        storage: an empty folder on the file system to be measured. Remove it when the pool is closed and not before:
+            ranks that are interrupted may still write there.
         say: told what is being done.
     """
-    # ranks that are interrupted may still write: what they leave goes with ``storage``
-    with tempfile.TemporaryDirectory(prefix="dcpbench-", dir=storage, ignore_cleanup_errors=True) as folder:
-        run = _Run(pool, group, rounds, Path(folder), say)
-        try:
-            return run.rows()
-        finally:
-            run.forget()
+    run = _Run(pool, group, rounds, storage, say)
+    try:
+        return run.rows()
+    finally:
+        run.forget()
 
 
 class _RankFailed(DcpbenchError):
@@ -113,7 +95,7 @@ class _RankFailed(DcpbenchError):
 class _Run:
     def __init__(self, pool: RankPool, group: Group, rounds: Rounds, folder: Path, say: Callable[[str], None]) -> None:
         self._pool, self._group, self._rounds, self._folder, self._say = pool, group, rounds, folder, say
-        self._seen = {side: _Seen() for side in (RAW, *group.backends)}
+        self._seen = {side: Seen() for side in (RAW, *group.backends)}
         self._taken = self._loading = (Taken(0, 0, ""),)
 
     def rows(self) -> list[Row]:
@@ -248,16 +230,7 @@ class _Run:
         group, seen, raw = self._group, self._seen[backend], self._seen[RAW]
         saving = place(group.layout, group.workload, group.world_size)
         loading = place(group.layout, group.workload, group.load_world_size)
-        evidence = proof.Evidence(
-            failure=seen.failure,
-            loads=seen.loads,
-            raw_loads=raw.loads,
-            counts=seen.counts,
-            no_counts_because=seen.no_counts_because,
-            stored_bytes=seen.stored_bytes,
-            state_bytes=group.workload.num_bytes,
-            is_cold=self._rounds.is_cold,
-        )
+        evidence = proof.Evidence(seen, raw.loads, group.workload.num_bytes, is_cold=self._rounds.is_cold)
         status, reason = proof.judged(evidence)
         row = Row(
             backend=backend,
@@ -280,16 +253,8 @@ class _Run:
             reason=reason,
         )
         measured = Measured(
-            saves=seen.saves,
-            loads=seen.loads,
-            raw_saves=raw.saves,
-            raw_loads=raw.loads,
-            warm_up=seen.warm_up,
-            memory=seen.memory,
-            backgrounds=seen.backgrounds,
-            counts=seen.counts,
-            stored_bytes=seen.stored_bytes,
-            num_files=seen.num_files,
+            seen,
+            raw,
             digests=[taken.digest for taken in self._loading],
             load_local_bytes=min(taken.local_bytes for taken in self._loading),
             save_local_bytes=min(taken.local_bytes for taken in self._taken),

@@ -99,7 +99,7 @@ def measure(world_size: int, trips: int) -> int:
     if trips < 1:
         raise expected("at least one round trip", "--trips", trips, "Give, for example, 15.")
     case = small_case(world_size)
-    with RankPool(world_size) as pool, tempfile.TemporaryDirectory(prefix="dcpbench-", dir=_memory_folder()) as root:
+    with tempfile.TemporaryDirectory(prefix="dcpbench-", dir=_memory_folder()) as root, RankPool(world_size) as pool:
         _say("starting the ranks")
         _through_pool(pool, case, 2)
         ratios, rates = [], []

@@ -62,8 +62,8 @@ def measure_honesty(experiment: Experiment) -> int:
     if not experiment.storage.is_dir():
         raise expected("a folder", "--storage", str(experiment.storage), "Give one on the disk to measure.")
     with (
-        RankPool(_WORLD_SIZE) as pool,
         tempfile.TemporaryDirectory(prefix="dcpbench-", dir=experiment.storage) as folder,
+        RankPool(_WORLD_SIZE) as pool,
     ):
         run = _Run(pool, Path(folder), experiment)
         run.warm_up()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
 import platform
 import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+
+from dcpbench.versions import versions_of
 
 __all__ = ["Machine", "available_memory_bytes", "commit_of", "file_system_of", "this_machine", "versions"]
 
@@ -81,13 +82,8 @@ def commit_of(folder: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Returns the versions of what the figures may depend on."""
-    found = {"python": platform.python_version(), "kernel": platform.release()}
-    for name in ("torch", "numpy", "isal", "safetensors", "fsspec"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    packages = ("torch", "numpy", "isal", "safetensors", "fsspec")
+    return {**versions_of(packages), "kernel": platform.release()}
 
 
 def _first(pattern: str, path: Path) -> str | None:

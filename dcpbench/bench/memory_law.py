@@ -7,6 +7,7 @@ A backend whose c is not near zero cannot save a state that no single machine ho
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,11 +76,14 @@ def measure_laws(backends: tuple[str, ...], storage: Path) -> Iterator[str]:
     """Yields the law of a save and of a load by each backend, as lines."""
     points: dict[tuple[str, str], list[MemoryPoint]] = {}
     rounds = Rounds(timed=1, is_cold=False, with_async=False, with_counts=False)
-    with RankPool(max(_WORLD_SIZES)) as pool:
+    with (
+        tempfile.TemporaryDirectory(prefix="dcpbench-", dir=storage) as folder,
+        RankPool(max(_WORLD_SIZES)) as pool,
+    ):
         for world_size in _WORLD_SIZES:
             for size in _SIZES_MIB:
                 group = Group(fitted("few-huge", size * _MIB), "fsdp2", world_size, world_size, backends)
-                for row in measure_group(pool, group, rounds, storage, lambda _: None):
+                for row in measure_group(pool, group, rounds, Path(folder), lambda _: None):
                     if row.save_peak_bytes is None or row.load_peak_bytes is None:
                         yield f"{row.backend}: {row.reason}"
                         continue

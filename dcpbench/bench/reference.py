@@ -32,7 +32,7 @@ _WORLD_SIZE = 2
 _TIMEOUT_S = 600.0
 _MIB = 1 << 20
 _ON_RANKS = "dcpbench.bench.reference_ranks"
-_ON_ONE_RANK = "dcpbench.bench.planning"
+_ON_ONE_RANK = "dcpbench.bench.reference_planning"
 
 
 @dataclass(frozen=True)

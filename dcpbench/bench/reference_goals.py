@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterator
 
 from dcpbench.bench.figures import Figures, Workload
 from dcpbench.bench.goals import Goal, at_least, at_most
+from dcpbench.bench.power_law import fit
 
-__all__ = ["goals_of", "growth_exponent"]
+__all__ = ["goals_of"]
 
 _MIB = 1 << 20
 _WORLD_SIZE = 2
@@ -36,12 +36,6 @@ def goals_of(figures: Figures) -> list[Goal]:
                 at_most(f"{workload_name} bytes read for a quarter along dim {dim}", share, 1.1, note="over a quarter")
             )
     return [*goals, *_planning(figures)]
-
-
-def growth_exponent(points: dict[int, float]) -> float:
-    """Returns the slope of log(seconds) over log(chunks) by least squares; 1.0 means linear growth."""
-    xs, ys = [math.log(n) for n in points], [math.log(seconds) for seconds in points.values()]
-    return statistics.linear_regression(xs, ys).slope
 
 
 def _speed(figures: Figures, workload: Workload, place: str) -> Iterator[Goal]:
@@ -82,7 +76,7 @@ def _planning(figures: Figures) -> Iterator[Goal]:
         for (side, destination, chunks, _), seconds in sorted(best.items(), key=lambda entry: entry[0][2])
         if (side, destination) == ("reference", "as many boxes")
     }
-    limit = growth_exponent({chunks: chunks * math.log(chunks) for chunks in points})
+    limit = fit({chunks: chunks * math.log(chunks) for chunks in points}).exponent
     yield at_most(
-        "planning: exponent in the number of chunks", growth_exponent(points), limit, "", note="n log n has the limit"
+        "planning: exponent in the number of chunks", fit(points).exponent, limit, "", note="n log n has the limit"
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from dcpbench.bench.goodput import goodput
 from dcpbench.bench.row import Row
-from dcpbench.bench.samples import AsyncSample, CallSample, Counts
+from dcpbench.bench.samples import CallSample, Seen
 
 __all__ = ["Measured", "row_of"]
 
@@ -19,25 +19,18 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Measured:
-    """What one backend was measured to do; lists hold one sample per round, those of the raw limit in the same order.
+    """What one backend was measured to do.
 
     Attributes:
-        warm_up, memory: save and load of the rounds before the timed ones.
-        counts: of a save under strace; None without.
+        seen: of it.
+        raw: of the raw limit, in the same rounds.
         digests: of what each rank that loads holds, verified after every load.
         save_local_bytes, load_local_bytes: the least that a rank holds.
+        mtbf_s: mean time between failures.
     """
 
-    saves: Sequence[CallSample]
-    loads: Sequence[CallSample]
-    raw_saves: Sequence[CallSample]
-    raw_loads: Sequence[CallSample]
-    warm_up: tuple[CallSample, CallSample] | None
-    memory: tuple[CallSample, CallSample] | None
-    backgrounds: Sequence[AsyncSample]
-    counts: Counts | None
-    stored_bytes: int
-    num_files: int
+    seen: Seen
+    raw: Seen
     digests: Sequence[str]
     save_local_bytes: int
     load_local_bytes: int
@@ -47,38 +40,38 @@ class Measured:
 def row_of(row: Row, measured: Measured) -> Row:
     """Returns ``row`` with all figures; one that FAILs keeps what was measured before, without any throughput."""
     row = replace(row, **_samples(measured))
-    if row.status == "FAIL" or not measured.saves:
+    if row.status == "FAIL" or not measured.seen.saves:
         return row
     return replace(row, **_times(row, measured), **_memory(measured), **_counts(row, measured), **_background(measured))
 
 
 def _samples(measured: Measured) -> dict[str, Any]:
-    num_rounds = min(len(measured.saves), len(measured.loads))
-    before = [one for one in (measured.warm_up, measured.memory) if one is not None]
+    num_rounds = min(len(measured.seen.saves), len(measured.seen.loads))
+    before = [one for one in (measured.seen.warm_up, measured.seen.memory) if one is not None]
     return {
         "num_warmups": len(before),
         "warmup_save_s": [save.seconds for save, _ in before],
         "warmup_load_s": [load.seconds for _, load in before],
-        "save_s": [sample.seconds for sample in measured.saves],
-        "load_s": [sample.seconds for sample in measured.loads],
-        "raw_write_s": [sample.seconds for sample in measured.raw_saves[:num_rounds]],
-        "raw_read_s": [sample.seconds for sample in measured.raw_loads[:num_rounds]],
-        "async_blocking_s": [sample.blocking_s for sample in measured.backgrounds],
-        "async_durable_s": [sample.durable_s for sample in measured.backgrounds],
+        "save_s": [sample.seconds for sample in measured.seen.saves],
+        "load_s": [sample.seconds for sample in measured.seen.loads],
+        "raw_write_s": [sample.seconds for sample in measured.raw.saves[:num_rounds]],
+        "raw_read_s": [sample.seconds for sample in measured.raw.loads[:num_rounds]],
+        "async_blocking_s": [sample.blocking_s for sample in measured.seen.backgrounds],
+        "async_durable_s": [sample.durable_s for sample in measured.seen.backgrounds],
     }
 
 
 def _times(row: Row, measured: Measured) -> dict[str, Any]:
     save_s, load_s = statistics.median(row.save_s), statistics.median(row.load_s)
-    save_split, load_split = _split(measured.saves), _split(measured.loads)
+    save_split, load_split = _split(measured.seen.saves), _split(measured.seen.loads)
     return {
         "content_digest": hashlib.blake2b("".join(measured.digests).encode(), digest_size=16).hexdigest(),
         "median_save_s": save_s,
         "median_load_s": load_s,
         "save_gib_per_s": row.state_bytes / save_s / _GIB,
         "load_gib_per_s": row.state_bytes / load_s / _GIB,
-        "rank_save_gib_per_s": _slowest(measured.save_local_bytes, measured.saves),
-        "rank_load_gib_per_s": _slowest(measured.load_local_bytes, measured.loads),
+        "rank_save_gib_per_s": _slowest(measured.save_local_bytes, measured.seen.saves),
+        "rank_load_gib_per_s": _slowest(measured.load_local_bytes, measured.seen.loads),
         "save_of_raw": _of_raw(row.raw_write_s, row.save_s),
         "load_of_raw": _of_raw(row.raw_read_s, row.load_s),
         "save_planning_s": save_split[0],
@@ -86,10 +79,10 @@ def _times(row: Row, measured: Measured) -> dict[str, Any]:
         "save_commit_s": save_split[2],
         "load_planning_s": load_split[0],
         "load_data_s": load_split[1],
-        "save_cpu_s": statistics.median(sample.cpu_s for sample in measured.saves),
-        "load_cpu_s": statistics.median(sample.cpu_s for sample in measured.loads),
-        "resident_share": max(sample.resident_share for sample in measured.loads),
-        "storage_read_bytes": min(sample.storage_read_bytes for sample in measured.loads),
+        "save_cpu_s": statistics.median(sample.cpu_s for sample in measured.seen.saves),
+        "load_cpu_s": statistics.median(sample.cpu_s for sample in measured.seen.loads),
+        "resident_share": max(sample.resident_share for sample in measured.seen.loads),
+        "storage_read_bytes": min(sample.storage_read_bytes for sample in measured.seen.loads),
     }
 
 
@@ -110,9 +103,9 @@ def _split(samples: Sequence[CallSample]) -> tuple[float | None, float | None, f
 
 
 def _memory(measured: Measured) -> dict[str, Any]:
-    if measured.memory is None:
+    if measured.seen.memory is None:
         return {}
-    save, load = measured.memory
+    save, load = measured.seen.memory
     return {
         "save_peak_bytes": save.peak_bytes,
         "load_peak_bytes": load.peak_bytes,
@@ -122,8 +115,8 @@ def _memory(measured: Measured) -> dict[str, Any]:
 
 
 def _counts(row: Row, measured: Measured) -> dict[str, Any]:
-    counts = measured.counts
-    stored = {"stored_bytes": measured.stored_bytes, "num_files": measured.num_files}
+    counts = measured.seen.counts
+    stored = {"stored_bytes": measured.seen.stored_bytes, "num_files": measured.seen.num_files}
     if counts is None:
         return stored
     return {
@@ -139,16 +132,16 @@ def _counts(row: Row, measured: Measured) -> dict[str, Any]:
 
 
 def _background(measured: Measured) -> dict[str, Any]:
-    load_s = statistics.median(sample.seconds for sample in measured.loads)
-    save_s = statistics.median(sample.seconds for sample in measured.saves)
+    load_s = statistics.median(sample.seconds for sample in measured.seen.loads)
+    save_s = statistics.median(sample.seconds for sample in measured.seen.saves)
     blocking_s = durable_s = save_s
     interference = 0.0
-    if measured.backgrounds:
-        blocking_s = statistics.median(sample.blocking_s for sample in measured.backgrounds)
-        durable_s = statistics.median(sample.durable_s for sample in measured.backgrounds)
-        interference = statistics.median(sample.interference for sample in measured.backgrounds)
+    if measured.seen.backgrounds:
+        blocking_s = statistics.median(sample.blocking_s for sample in measured.seen.backgrounds)
+        durable_s = statistics.median(sample.durable_s for sample in measured.seen.backgrounds)
+        interference = statistics.median(sample.interference for sample in measured.seen.backgrounds)
     return {
-        "interference": interference if measured.backgrounds else None,
+        "interference": interference if measured.seen.backgrounds else None,
         "goodput": goodput(blocking_s, durable_s, interference, load_s, measured.mtbf_s),
         "mtbf_s": measured.mtbf_s,
     }

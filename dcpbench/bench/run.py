@@ -6,6 +6,7 @@ Whatever can be refused is refused before a rank is started. Rows are kept as th
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shutil
 import tempfile
@@ -25,8 +26,8 @@ from dcpbench.bench.record import check_writable
 from dcpbench.bench.row import Row
 from dcpbench.bench.store import Run, RunWriter
 from dcpbench.bench.workloads import Workload, fitted, workload
-from dcpbench.errors import DcpbenchError, UsageError, expected
-from dcpbench.messages import Call
+from dcpbench.errors import UsageError, expected
+from dcpbench.ranks.backends_seen import BackendsSeen
 from dcpbench.ranks.pool import RankPool
 
 __all__ = ["DEFAULT_BACKENDS", "DEFAULT_LAYOUTS", "DEFAULT_WORKLOADS", "Matrix", "measure", "run_matrix"]
@@ -88,8 +89,9 @@ def measure(matrix: Matrix, show: Callable[[Row], None], say: Callable[[str], No
     ):
         pool.rank_timeout_s = _TIMEOUT_S
         say("starting the ranks")
+        seen = BackendsSeen(lambda: pool)
         for backend in matrix.backends:
-            _check_backend(pool, backend, matrix.device)
+            seen.check_device(backend, matrix.device)
         writer = RunWriter(matrix.results, this_machine().id, _manifest(matrix, storage, groups))
         is_complete = False
         try:
@@ -175,7 +177,7 @@ def _check_room(group: Group, storage: Path) -> None:
     size = max(group.world_size, group.load_world_size)
     placed = [place(group.layout, group.workload, n) for n in {group.world_size, group.load_world_size}]
     held = sum(
-        region.numel * tensor.num_bytes // max(1, _numel(tensor.shape))
+        region.numel * tensor.num_bytes // max(1, math.prod(tensor.shape))
         for layout in placed
         for rank in range(layout.world_size)
         for index, tensor in enumerate(group.workload.tensors)
@@ -194,26 +196,6 @@ def _check_room(group: Group, storage: Path) -> None:
             f"Expected {wanted // _MIB:,} MiB free in --storage={storage} for {at} but {free // _MIB:,} MiB are. "
             "Make room, or give a smaller --size or --scale."
         )
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    number = 1
-    for extent in shape:
-        number *= extent
-    return number
-
-
-def _check_backend(pool: RankPool, backend: str, device: str) -> None:
-    (seen,) = pool.step(
-        Call(0, 1, "dcpbench.backends.registry:describe", {"specification": backend}, distributed=False)
-    )
-    if seen.outcome != "ok":
-        reason = seen.error.text.strip().splitlines()[0] if seen.error else seen.outcome
-        raise DcpbenchError(f"Expected backend {backend!r} to open but its rank {seen.outcome}: {reason}. Mend it.")
-    if "problem" in seen.value:
-        raise UsageError(seen.value["problem"])
-    if device == "cuda" and not seen.value["num_cuda_devices"]:
-        raise expected("a CUDA device", "--device", "cuda", "Give --device=cpu, or run where torch sees a GPU.")
 
 
 def _manifest(matrix: Matrix, storage: Path, groups: list[Group]) -> dict[str, Any]:

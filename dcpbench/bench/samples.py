@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["AsyncSample", "CallSample", "Counts", "Taken", "async_over_ranks", "over_ranks"]
+__all__ = ["AsyncSample", "CallSample", "Counts", "Seen", "Taken", "async_over_ranks", "over_ranks"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,30 @@ class Counts:
     num_unsynced_files: int = 0
     collectives: dict[str, int] = field(default_factory=dict)
     num_copies: int = 0
+
+
+@dataclass
+class Seen:
+    """What was measured of one side so far; the lists hold one sample per round.
+
+    Attributes:
+        warm_up, memory: save and load of the rounds before the timed ones.
+        counts: of a save under strace; None where there was none.
+        no_counts_because: why.
+        stored_bytes, num_files: of the checkpoint.
+        failure: what the backend raised, or how it lost a rank; empty if nothing.
+    """
+
+    warm_up: tuple[CallSample, CallSample] | None = None
+    memory: tuple[CallSample, CallSample] | None = None
+    saves: list[CallSample] = field(default_factory=list)
+    loads: list[CallSample] = field(default_factory=list)
+    backgrounds: list[AsyncSample] = field(default_factory=list)
+    counts: Counts | None = None
+    no_counts_because: str = "it was not asked for"
+    stored_bytes: int = 0
+    num_files: int = 0
+    failure: str = ""
 
 
 def over_ranks(samples: Sequence[CallSample]) -> CallSample:

@@ -6,21 +6,17 @@ The memory lives across calls; the DTensors around it are made anew for each, si
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-from torch.distributed.tensor.placement_types import Placement as TorchPlacement
-from torch.distributed.tensor.placement_types import _StridedShard
 
 from dcpbench.bench.filling import STALE, fill
 from dcpbench.bench.workloads import StateTensor, Workload
 from dcpbench.geometry import Region
 from dcpbench.layout import Layout, Placement
+from dcpbench.ranks.dtensors import dtensor
 from dcpbench.ranks.meshes import mesh_of
 
 __all__ = ["RankState"]
@@ -109,10 +105,7 @@ class RankState:
     ) -> torch.Tensor:
         if placements is None:
             return local
-        strides = tuple(math.prod(tensor.shape[dim + 1 :]) for dim in range(len(tensor.shape)))
-        meta = TensorMeta(torch.Size(tensor.shape), strides, local.dtype)
-        spec = DTensorSpec(mesh, tuple(map(_placement, placements)), tensor_meta=meta)
-        return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+        return dtensor(local, tensor.shape, mesh, placements, local.dtype)
 
     def _is_right(self, index: int) -> bool:
         return torch.equal(_bytes(self.locals[index]).cpu(), _bytes(self._expected(index)))
@@ -130,11 +123,3 @@ class RankState:
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
-
-
-def _placement(placement: Placement) -> TorchPlacement:
-    if placement.dim is None:
-        return Replicate()
-    if placement.split_factor == 1:
-        return Shard(placement.dim)
-    return _StridedShard(placement.dim, split_factor=placement.split_factor)

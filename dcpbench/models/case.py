@@ -81,10 +81,6 @@ class Parallelism:
     def distributed(self) -> bool:
         return self.kind != "alone"
 
-    def takes_part(self, rank: int) -> bool:
-        """Reads as: ``rank`` trains, saves and loads; all of them do."""
-        return rank < self.world_size
-
     @property
     def shards(self) -> bool:
         """Reads as: FSDP2 is at work."""

@@ -12,7 +12,6 @@ import hypothesis
 from dcpbench.case import Case
 from dcpbench.case_files import AnyCase
 from dcpbench.errors import DcpbenchError
-from dcpbench.messages import Call
 from dcpbench.oracle.verdict import RuleBrokenError, UnknownError
 from dcpbench.power.suite_tests import Slice, SuiteTest
 from dcpbench.protocol_case import ProtocolCase
@@ -70,7 +69,8 @@ class Hunt:
     def run(self, parts: Iterable[tuple[SuiteTest, Slice]]) -> None:
         """Runs the slices one after the other; ends at the first case that is caught, when it has been shrunk."""
         self._begun_s = time.monotonic()
-        self._learn_lineage()
+        # torch's known defects are not the mutant's
+        self.session.torch_parts[self.backend] = self.session.backends.torch_parts(self.backend)
         for test, part in parts:
             if self._elapsed_s() > self.max_s:
                 self.is_out_of_time = True
@@ -83,12 +83,6 @@ class Hunt:
             self.seconds = self._elapsed_s()
         else:
             self.shrinking_s = self._elapsed_s() - self.seconds
-
-    def _learn_lineage(self) -> None:
-        """Has a rank find out what of torch the backend is built on: torch's known defects are not the mutant's."""
-        target = "dcpbench.backends.lineage:describe"
-        (seen,) = self.session.pool.step(Call(0, 1, target, {"specification": self.backend}, distributed=False))
-        self.session.torch_parts[self.backend] = tuple(seen.value) if seen.outcome == "ok" else ()
 
     def _run_slice(self, test: SuiteTest, part: Slice) -> None:
         is_property = test.strategy is not None

@@ -16,7 +16,7 @@ from typing import Any
 
 from dcpbench import codec
 from dcpbench.backends.parts import names_in
-from dcpbench.errors import UsageError
+from dcpbench.errors import UsageError, expected
 from dcpbench.messages import Call, Place
 from dcpbench.ranks.pool import RankPool
 
@@ -56,6 +56,22 @@ class BackendsSeen:
                 raise UsageError(seen.value["problem"])
             self.described[backend] = seen.value
         return self.described[backend]
+
+    def check_device(self, backend: str, device: str) -> None:
+        """Checks that a backend opens, and that torch sees the device that it is to be run on.
+
+        Raises:
+            UsageError: one or the other is not so; the text is one line.
+        """
+        found = self.of(backend)
+        if device == "cuda" and not found["num_cuda_devices"]:
+            raise expected("a CUDA device", "--device", "cuda", "Give --device=cpu, or run where torch sees a GPU.")
+
+    def torch_parts(self, backend: str) -> tuple[str, ...]:
+        """Returns what of torch a backend is built on; nothing, where finding out ends the rank or hangs."""
+        target = "dcpbench.backends.lineage:describe"
+        (seen,) = self.pool().step(Call(0, 1, target, {"specification": backend}, distributed=False))
+        return tuple(seen.value) if seen.outcome == "ok" else ()
 
     def declared(self, backend: str) -> frozenset[str]:
         """Returns the capabilities that a backend declares absent."""

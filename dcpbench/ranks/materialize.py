@@ -14,15 +14,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-from torch.distributed.tensor.placement_types import Placement as TorchPlacement
-from torch.distributed.tensor.placement_types import _StridedShard
 
-from dcpbench.case import Case, Layout, MemoryForm, Mesh, Misuse, Part, Placement, Step, TensorLeaf
+from dcpbench.case import Case, Layout, MemoryForm, Mesh, Misuse, Part, Step, TensorLeaf
 from dcpbench.content import DTYPES, Bytes
 from dcpbench.geometry import Region
 from dcpbench.objects import NEVER_LOADED
+from dcpbench.ranks.dtensors import dtensor
 from dcpbench.ranks.meshes import mesh_of
 from dcpbench.ranks.stateful import Keeper, Unsavable
 
@@ -173,11 +170,7 @@ class _Maker:
         dtype = cast("torch.dtype", getattr(torch, leaf.dtype))
         if local is None:
             local = torch.empty(0, dtype=dtype, device=self.device, requires_grad=leaf.requires_grad)
-        # as distribute_tensor ends; from_local would take an empty shape, that of a 0-d tensor, for none at all
-        meta = TensorMeta(torch.Size(shape), _contiguous_stride(shape), dtype)
-        mesh = self.meshes[self.layout.mesh_of(index)]
-        spec = DTensorSpec(mesh, tuple(_placement(p) for p in placements), tensor_meta=meta)
-        return DTensor(local.detach(), spec, requires_grad=local.requires_grad)  # type: ignore[no-untyped-call]
+        return dtensor(local, shape, self.meshes[self.layout.mesh_of(index)], placements, dtype)
 
 
 def _allocate(
@@ -214,18 +207,6 @@ def _cpu_storage(raw: Bytes) -> torch.UntypedStorage:
 def _view(raw: Bytes, offset: int, shape: tuple[int, ...], strides: list[int] | tuple[int, ...], size: int) -> Bytes:
     along = (*(stride * size for stride in strides), 1)
     return np.ndarray((*shape, size), np.uint8, buffer=raw, offset=offset * size, strides=along)
-
-
-def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(max(1, size) for size in shape[dim + 1 :]) for dim in range(len(shape)))
-
-
-def _placement(placement: Placement) -> TorchPlacement:
-    if placement.dim is None:
-        return Replicate()
-    if placement.split_factor == 1:
-        return Shard(placement.dim)
-    return cast("TorchPlacement", _StridedShard(placement.dim, split_factor=placement.split_factor))
 
 
 def _nest(placed: list[tuple[tuple[Part, ...], Any]]) -> dict[str, Any]:

@@ -13,11 +13,11 @@ import platform
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from dcpbench import codec
 from dcpbench.rules import RULES
+from dcpbench.versions import versions_of
 
 __all__ = [
     "SCHEMA",
@@ -193,13 +193,8 @@ def _entry(rule: str, backend: str, tally: Tally, failures: Sequence[Failure], a
 
 def versions() -> tuple[tuple[str, str], ...]:
     """Returns name and version of what a verdict may depend on."""
-    found = []
-    for package in ("dcpbench", "torch", "numpy", "hypothesis"):
-        try:
-            found.append((package, version(package)))
-        except PackageNotFoundError:
-            continue
-    return (*found, ("python", platform.python_version()), ("platform", platform.platform()))
+    found = versions_of(("dcpbench", "torch", "numpy", "hypothesis"))
+    return (*found.items(), ("platform", platform.platform()))
 
 
 def now() -> str:

@@ -7,14 +7,12 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
 
 from dcpbench.geometry import Region
 from dcpbench.layout import Layout, Mesh
-from dcpbench.layout import Placement as Cut
+from dcpbench.ranks.dtensors import dtensor
 
-__all__ = ["as_dtensor", "held_by", "mesh_of"]
+__all__ = ["held_by", "mesh_of"]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -22,18 +20,6 @@ def mesh_of(mesh: Mesh, rank: int) -> DeviceMesh:
     """Returns a mesh as ``rank`` sees it."""
     ranks = torch.tensor(mesh.ranks).reshape(mesh.sizes)
     return DeviceMesh("cpu", ranks, mesh_dim_names=mesh.axes, _init_backend=False, _rank=rank)
-
-
-def as_dtensor(local: torch.Tensor, shape: tuple[int, ...], mesh: Mesh, cuts: tuple[Cut, ...], rank: int) -> DTensor:
-    """Returns ``local`` as this rank's part of a tensor of ``shape``."""
-    return DTensor.from_local(
-        local,
-        mesh_of(mesh, rank),
-        [_placement(cut) for cut in cuts],
-        run_check=False,
-        shape=torch.Size(shape),
-        stride=_stride(shape),
-    )
 
 
 def held_by(layout: Layout, leaf: int, shape: tuple[int, ...], rank: int, local: Any) -> torch.Tensor:
@@ -53,19 +39,4 @@ def held_by(layout: Layout, leaf: int, shape: tuple[int, ...], rank: int, local:
         return part
     if region is None:
         part = part.reshape(0) if part.dim() != 1 else part
-    return as_dtensor(part, shape, layout.mesh_of(leaf), placements, rank)
-
-
-@functools.cache
-def _placement(cut: Cut) -> Placement:
-    if cut.dim is None:
-        return Replicate()
-    return Shard(cut.dim) if cut.split_factor == 1 else _StridedShard(cut.dim, split_factor=cut.split_factor)
-
-
-def _stride(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(1, size)
-    return tuple(reversed(strides))
+    return dtensor(part, shape, mesh_of(layout.mesh_of(leaf), rank), placements, part.dtype)

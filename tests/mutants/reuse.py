@@ -59,22 +59,14 @@ class reads_all_files_there(Dense):
             problem = repr(error)
         _raise_any(_gather(problem))
 
-    def load(self, state_dict: dict[str, Any], checkpoint_id: str) -> None:
-        wanted, problem, whole = list(self.leaves(state_dict)), None, {}
-        try:
-            files = sorted(Path(checkpoint_id).glob("rank-*.pkl"))
-            if not files:
-                raise FileNotFoundError(f"no checkpoint in {checkpoint_id}")
-            for file in files:
-                for key, packed in pickle.loads(file.read_bytes()).items():
-                    self.join(whole, key, packed)
-            for path, value in wanted:
-                self.check(path, value, whole)
-        except Exception as error:  # every rank shall hear of it
-            problem = repr(error)
-        _raise_any(_gather(problem))
-        for path, value in wanted:
-            self.put(state_dict, path, value, whole[self.key(path)])
+    def held_by(self, checkpoint: Path) -> dict[Any, Any]:
+        files, whole = sorted(checkpoint.glob("rank-*.pkl")), {}
+        if not files:
+            raise FileNotFoundError(f"no checkpoint in {checkpoint}")
+        for file in files:
+            for key, packed in pickle.loads(file.read_bytes()).items():
+                self.join(whole, key, packed)
+        return whole
 
 
 @breaks("R106", "R402", suite="overwriting", on=_saves_over)

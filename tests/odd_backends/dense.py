@@ -43,7 +43,7 @@ class Dense:
     def load(self, state_dict: dict[str, Any], checkpoint_id: str) -> None:
         wanted, problem, whole = list(self.leaves(state_dict)), None, {}
         try:
-            whole = pickle.loads(self.read(Path(checkpoint_id) / "dense.pkl"))
+            whole = self.held_by(Path(checkpoint_id))
             for path, value in wanted:
                 self.check(path, value, whole)
         except Exception as error:  # every rank shall hear of it
@@ -51,6 +51,10 @@ class Dense:
         _raise_any(_gather(problem))
         for path, value in wanted:
             self.put(state_dict, path, value, whole[self.key(path)])
+
+    def held_by(self, checkpoint: Path) -> dict[Any, Any]:
+        """Returns all that a checkpoint holds, by key."""
+        return pickle.loads(self.read(checkpoint / "dense.pkl"))
 
     def read(self, file: Path) -> bytes:
         return file.read_bytes()
