@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -67,32 +68,37 @@ def shard_bytes(seed: int, fqn: str, shape: Sequence[int], region: Region, dtype
         dtype: a key of :data:`DTYPES`.
 
     Returns:
-        An array that is not to be written to: a small one is kept, since a rank that saves a shard often loads it, and
-        the judge looks at each twice.
+        An array that is not to be written to: small tensors are kept whole, since many ranks hold parts of one, a rank
+        that saves a shard often loads it, and the judge looks at each twice.
     """
-    if region.numel <= _KEPT_ELEMENTS:
-        return _kept_shard_bytes(seed, fqn, tuple(shape), region, dtype)
-    return _shard_bytes(seed, fqn, shape, region, dtype)
+    if math.prod(shape) > _KEPT_ELEMENTS:
+        return _encode(_key(seed, fqn), _linear(shape, region), dtype)
+    whole = _kept_whole(seed, fqn, tuple(shape), dtype)
+    for dim, runs in enumerate(region.runs):
+        along = slice(runs[0][0], sum(runs[0])) if len(runs) == 1 else region.indices(dim)
+        whole = whole[(slice(None),) * dim + (along,)]
+    return whole.reshape(region.numel, DTYPES[dtype])
 
 
 _KEPT_ELEMENTS: Final = 4096
 
 
 @functools.lru_cache(maxsize=512)
-def _kept_shard_bytes(seed: int, fqn: str, shape: tuple[int, ...], region: Region, dtype: str) -> Bytes:
-    data = _shard_bytes(seed, fqn, shape, region, dtype)
+def _kept_whole(seed: int, fqn: str, shape: tuple[int, ...], dtype: str) -> Bytes:
+    data = _encode(_key(seed, fqn), np.arange(math.prod(shape), dtype=np.uint64), dtype).reshape(*shape, DTYPES[dtype])
     data.flags.writeable = False
     return data
 
 
-def _shard_bytes(seed: int, fqn: str, shape: Sequence[int], region: Region, dtype: str) -> Bytes:
+def _linear(shape: Sequence[int], region: Region) -> _U64:
+    """Returns the row-major number of each element of ``region``."""
     linear = np.zeros(region.shape, dtype=np.uint64)
     stride = 1
     for dim in reversed(range(len(shape))):
         along = np.asarray(region.indices(dim), dtype=np.uint64) * np.uint64(stride)
         linear += along.reshape([-1 if d == dim else 1 for d in range(len(shape))])
         stride *= shape[dim]
-    return _encode(_key(seed, fqn), linear.reshape(-1), dtype)
+    return linear.reshape(-1)
 
 
 def element_bytes(seed: int, fqn: str, shape: Sequence[int], index: Sequence[int], dtype: str) -> bytes:
@@ -113,20 +119,19 @@ def _key(seed: int, fqn: str) -> int:
 
 def _encode(key: int, linear: _U64, dtype: str) -> Bytes:
     size = DTYPES[dtype]
-    with np.errstate(over="ignore"):
-        position = linear + np.uint64(key)
-        if size == 16:
-            lanes = np.stack([_mix64(position), _mix64(~position)], axis=-1)
-        else:
-            lanes = _mix32(position) if size == 4 else _mix64(position)
-        choice = (position * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(58)
-    data = lanes.astype("<u8", copy=False).view(np.uint8).reshape(len(linear), max(8, size))[:, :size]
+    position = linear + np.uint64(key)
+    if size == 16:
+        lanes: npt.NDArray[np.unsignedinteger] = np.stack([_mix64(position), _mix64(~position)], axis=-1)
+    else:
+        lanes = _mix32(position) if size == 4 else _mix64(position)
+    data = lanes.astype(lanes.dtype.newbyteorder("<"), copy=False).view(np.uint8)
+    data = data.reshape(len(linear), max(lanes.itemsize, size))[:, :size]
     if dtype == "bool":
         return data & np.uint8(1)
     data = np.ascontiguousarray(data)
-    is_extreme = choice < len(_EXTREMES)
-    if is_extreme.any():
-        data[is_extreme] = _EXTREMES_BY_SIZE[size][choice[is_extreme]]
+    choice = (position * _GOLDEN_64) >> _58
+    extreme = np.flatnonzero(choice < _NUM_EXTREMES)
+    data[extreme] = _EXTREMES_BY_SIZE[size][choice[extreme]]
     return data
 
 
@@ -139,15 +144,23 @@ _EXTREMES_BY_SIZE = {
 }
 
 
+_NUM_EXTREMES: Final = np.uint64(len(_EXTREMES))
+_GOLDEN_64: Final = np.uint64(0x9E3779B97F4A7C15)
+_16, _13 = np.uint32(16), np.uint32(13)
+_58, _30, _27, _31 = np.uint64(58), np.uint64(30), np.uint64(27), np.uint64(31)
+_MURMUR: Final = np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35)
+_SPLIT_MIX: Final = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+"""Made once: on a small tensor, numpy takes longer over a new scalar than over the array."""
+
+
 def _mix64(x: _U64) -> _U64:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = (x ^ (x >> _30)) * _SPLIT_MIX[0]
+    x = (x ^ (x >> _27)) * _SPLIT_MIX[1]
+    return x ^ (x >> _31)
 
 
-def _mix32(x: _U64) -> _U64:
-    mask = np.uint64(0xFFFFFFFF)
-    x = x & mask
-    x = ((x ^ (x >> np.uint64(16))) * np.uint64(0x85EBCA6B)) & mask
-    x = ((x ^ (x >> np.uint64(13))) * np.uint64(0xC2B2AE35)) & mask
-    return x ^ (x >> np.uint64(16))
+def _mix32(x: _U64) -> npt.NDArray[np.uint32]:
+    low = x.astype(np.uint32)  # the lower 32 bits
+    low = (low ^ (low >> _16)) * _MURMUR[0]
+    low = (low ^ (low >> _13)) * _MURMUR[1]
+    return low ^ (low >> _16)

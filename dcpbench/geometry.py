@@ -9,6 +9,7 @@ list of runs of indices. Most regions are one box; a strided shard may need seve
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -69,12 +70,12 @@ class Region:
 
     runs: tuple[tuple[Run, ...], ...]
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         """The shape of the local tensor."""
         return tuple(sum(length for _, length in runs) for runs in self.runs)
 
-    @property
+    @functools.cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 
@@ -166,10 +167,10 @@ def tiling_fault(shape: Sequence[int], boxes: Sequence[Box]) -> TilingFault | No
     filled = sorted(box for box in boxes if box.numel)
     for i, one in enumerate(filled):
         for other in filled[i + 1 :]:
+            if shape and other.offsets[0] >= one.offsets[0] + one.sizes[0]:  # and so are all behind it
+                break
             if one.intersect(other) is not None:
                 return TilingFault("overlap", (one, other))
-            if shape and other.offsets[0] >= one.stops[0]:
-                break
     if sum(box.numel for box in filled) == math.prod(shape):
         return None
     cuts = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -181,14 +182,19 @@ class Layout:
             return full_region(shape)
         mesh = self.mesh_of(leaf)
         coordinate = mesh.coordinate(rank)
-        if coordinate is None:
-            return None
-        indices: list[Any] = [range(size) for size in shape]
-        for place, size, cut in zip(coordinate, mesh.sizes, placements, strict=True):
-            if cut.dim is None:
-                continue
-            if cut.split_factor == 1:
-                indices[cut.dim] = split(indices[cut.dim], size, place)
-            else:
-                indices[cut.dim] = split_strided(indices[cut.dim], cut.split_factor, size, place)
-        return Region(tuple(runs_of(along) for along in indices))
+        return None if coordinate is None else _cut(shape, coordinate, mesh.sizes, placements)
+
+
+@functools.lru_cache(maxsize=1024)
+def _cut(
+    shape: tuple[int, ...], coordinate: tuple[int, ...], sizes: tuple[int, ...], placements: tuple[Placement, ...]
+) -> Region:
+    indices: list[Any] = [range(size) for size in shape]
+    for place, size, cut in zip(coordinate, sizes, placements, strict=True):
+        if cut.dim is None:
+            continue
+        if cut.split_factor == 1:
+            indices[cut.dim] = split(indices[cut.dim], size, place)
+        else:
+            indices[cut.dim] = split_strided(indices[cut.dim], cut.split_factor, size, place)
+    return Region(tuple(runs_of(along) for along in indices))

@@ -7,6 +7,7 @@ a backend is opened once per case, as a :class:`Session`; only ranks open sessio
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -167,6 +168,18 @@ class StorageBackend:
         """The engine's."""
         return self.engine.state_dict
 
+    @functools.cached_property
+    def takes(self) -> frozenset[str]:
+        """Names of the options and features that cases may use."""
+        found = options.taken_by(
+            self.writer,
+            self.save_planner,
+            self.load_planner,
+            has_async_save=self.engine.async_save is not None,
+            has_formats=self.formats is not None,
+        )
+        return options.without(found, self.absent)
+
     def open(self, *, reuse: bool) -> Session:
         return _StorageSession(self, reuse)
 
@@ -214,6 +227,12 @@ class EngineBackend:
     present: tuple[str, ...] = ()
     location: Location | None = None
 
+    @functools.cached_property
+    def takes(self) -> frozenset[str]:
+        """Names of the options and features that cases may use."""
+        found = options.taken_by_engine(self.save, self.load, self.async_save, self.present)
+        return options.without(found, self.absent)
+
     def open(self, *, reuse: bool) -> Session:  # noqa: ARG002  there are no objects that could be kept
         return _EngineSession(self)
 
@@ -224,14 +243,7 @@ class _StorageSession:
         self._reuse = reuse
         self._writer: StorageWriter | None = None
         self._reader: StorageReader | None = None
-        taken = options.taken_by(
-            backend.writer,
-            backend.save_planner,
-            backend.load_planner,
-            has_async_save=backend.engine.async_save is not None,
-            has_formats=backend.formats is not None,
-        )
-        self.takes = options.without(taken, backend.absent)
+        self.takes = backend.takes
         options.forget_plans()
 
     def save(self, state_dict: StateDict, checkpoint_id: str | Path, **wanted: Any) -> None:
@@ -279,9 +291,7 @@ class _StorageSession:
 class _EngineSession:
     def __init__(self, backend: EngineBackend) -> None:
         self._backend = backend
-        self.takes = options.without(
-            options.taken_by_engine(backend.save, backend.load, backend.async_save, backend.present), backend.absent
-        )
+        self.takes = backend.takes
 
     def save(self, state_dict: StateDict, checkpoint_id: str | Path, **wanted: Any) -> None:
         self._backend.save(state_dict, str(checkpoint_id), **wanted)

@@ -24,12 +24,10 @@ class _Loaded:
 
     case: Case
     number: int
+    leaf: TensorLeaf
+    version: int
     seen: Observation
     saved: Observation | None
-
-    @property
-    def leaf(self) -> TensorLeaf:
-        return self.case.tensor(self.number, self.case.version_held(self.seen.step))
 
     @property
     def found(self) -> TensorObservation:
@@ -59,8 +57,9 @@ def findings(case: Case, seen: Observation, saved: Observation | None) -> Iterat
         saved: the coordinator's observation of the save, whose chunk tables help to say why; None if there is none.
     """
     layout = case.layouts[case.steps[seen.step].layout]
+    version = case.version_held(seen.step)
     for number in range(len(case.tensors)):
-        loaded = _Loaded(case, number, seen, saved)
+        loaded = _Loaded(case, number, case.tensor(number, version), version, seen, saved)
         if not loaded.found.asked_for:
             continue
         region = layout.region(number, loaded.leaf.shape, seen.rank)
@@ -101,8 +100,7 @@ _WHAT = {
 
 
 def _bytes(loaded: _Loaded, region: Region) -> Iterator[Finding]:
-    case, leaf = loaded.case, loaded.leaf
-    version = case.version_held(loaded.seen.step)
+    case, leaf, version = loaded.case, loaded.leaf, loaded.version
     if case.is_missing(loaded.seen.step, loaded.number):
         untouched = case.destination_bytes(loaded.number, loaded.seen.step, loaded.seen.rank)
         if loaded.found.data != untouched.tobytes():

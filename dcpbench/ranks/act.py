@@ -31,12 +31,14 @@ class Running:
         sessions: open ones, by backend.
         pending: saves in the background that no one has waited for yet, by checkpoint.
         last: the state dict of the step before.
+        prepared: the state dict of a step to come, with its number.
     """
 
     root: str
     sessions: dict[str, Session] = field(default_factory=dict)
     pending: dict[str, Any] = field(default_factory=dict)
     last: materialize.Built | None = None
+    prepared: tuple[int, materialize.Built] | None = None
 
 
 @dataclass(frozen=True, slots=True)

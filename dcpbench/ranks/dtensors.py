@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -16,7 +16,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from dcpbench.layout import Placement
 
-__all__ = ["dtensor"]
+__all__ = ["dtensor", "forget"]
 
 
 def dtensor(
@@ -26,10 +26,21 @@ def dtensor(
 
     It ends as ``distribute_tensor`` does: ``from_local`` would take an empty shape, that of a 0-d tensor, for none.
     """
+    spec = DTensorSpec.__new__(DTensorSpec)  # a copy: a backend may change what it is given
+    vars(spec).update(vars(_spec(tuple(shape), mesh, tuple(placements), dtype)))
+    return DTensor(local.detach(), spec, requires_grad=local.requires_grad)  # type: ignore[no-untyped-call]
+
+
+def forget() -> None:
+    """Lets go of meshes: what is kept of them here is of no use once their process groups end."""
+    _spec.cache_clear()
+
+
+@functools.lru_cache(maxsize=256)
+def _spec(shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Placement, ...], dtype: torch.dtype) -> Any:
     strides = tuple(math.prod(max(1, size) for size in shape[dim + 1 :]) for dim in range(len(shape)))
     meta = TensorMeta(torch.Size(shape), strides, dtype)
-    spec = DTensorSpec(mesh, tuple(map(_placement, placements)), tensor_meta=meta)
-    return DTensor(local.detach(), spec, requires_grad=local.requires_grad)  # type: ignore[no-untyped-call]
+    return DTensorSpec(mesh, tuple(map(_placement, placements)), tensor_meta=meta)
 
 
 @functools.cache

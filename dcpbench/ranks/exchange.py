@@ -9,13 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from multiprocessing.connection import wait
 from signal import Signals
 
 from dcpbench.messages import Call, Done, ErrorReport, Observation, RunStep
 from dcpbench.ranks import frames
 from dcpbench.ranks.blanks import blank
 from dcpbench.ranks.link import RankLink
+from dcpbench.ranks.watch import Watch
 
 __all__ = ["Exchange"]
 
@@ -52,15 +52,15 @@ class Exchange:
             link.send(data)
         deadline = time.monotonic() + timeout_s
         self._limit = f"within {timeout_s:g} s"
-        while waiting := self._waiting():
+        watch = Watch(self._links.values())
+        while self._waiting():
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 break
             had_lost, had_raised = bool(self.lost), self._raised is not None
-            sources = {source: link for link in waiting for source in link.sources}
-            ready = wait(list(sources), remaining)
-            for link in dict.fromkeys(sources[source] for source in ready):  # type: ignore[index]
-                self._take(link, is_gone=link.life in ready)
+            for link, is_gone in watch.ready(remaining):
+                self._take(link, is_gone=is_gone)
+                watch.update(link, is_over=link.rank in self._done or link.rank in self.lost)
             now = time.monotonic()
             if self.lost and not had_lost and now + grace_s < deadline:
                 deadline = now + grace_s

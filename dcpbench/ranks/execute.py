@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 from dcpbench.backends import registry
 from dcpbench.backends.protocol import Session
+from dcpbench.case import Case
 from dcpbench.messages import ErrorReport, Observation, RunStep
 from dcpbench.models.case import TrainingCase
 from dcpbench.models.run import run_training_step
@@ -23,8 +25,9 @@ from dcpbench.ranks.meter import Meter
 from dcpbench.ranks.observe import size_of, state_of, tables_of
 from dcpbench.ranks.wishes import features, missing, wishes
 
-__all__ = ["run_step"]
+__all__ = ["prepare", "run_step"]
 
+_BUILDING: Final = ("save", "load", "async_save")
 
 _running: list[Running] = []
 
@@ -44,10 +47,7 @@ def run_step(command: RunStep, rank: int, enter_phase: Callable[[str], None], de
         enter_phase("arrange")
         return arrange(command, rank, seen)
     enter_phase("build")
-    is_resaved = step.resaves and running.last is not None
-    built = running.last if is_resaved else materialize.build(case, command.step, rank, device)
-    assert built is not None
-    running.last = built
+    built = running.last = _state_dict(running, case, command.step, rank, device)
     wanted = wishes(case, command.step)
     enter_phase("open")
     session = _session(running, command)
@@ -76,6 +76,29 @@ def run_step(command: RunStep, rank: int, enter_phase: Callable[[str], None], de
     shows = step.action in ("save", "load", "convert")
     state = state_of(case, command.step, rank, built) if shows else {}
     return replace(seen, phase="observe", usage=meter.usage, **state)
+
+
+def prepare(command: RunStep, rank: int, device: str) -> None:
+    """Builds the state dict of the step that follows, where it has the same layout.
+
+    For the time between two steps, when a rank that is done waits for the others.
+    """
+    case, following = command.case, command.step + 1
+    if not isinstance(case, Case) or following >= len(case.steps):
+        return
+    before, step = case.steps[command.step], case.steps[following]
+    has_meshes = before.layout == step.layout and before.action in _BUILDING  # to make one takes all ranks
+    if has_meshes and step.action in _BUILDING and not step.resaves:
+        _running_case(command).prepared = following, materialize.build(case, following, rank, device)
+
+
+def _state_dict(running: Running, case: Case, number: int, rank: int, device: str) -> materialize.Built:
+    if case.steps[number].resaves and running.last is not None:
+        return running.last
+    prepared, running.prepared = running.prepared, None
+    if prepared is not None and prepared[0] == number:
+        return prepared[1]
+    return materialize.build(case, number, rank, device)
 
 
 def _lacks(command: RunStep) -> bool:

@@ -188,20 +188,15 @@ def _allocate(
         strides[dim] = stride * steps
         stride *= max(outer[dim], 1)
     num_elements = math.prod(outer) if memory == "sliced" else math.prod(shape)
-    raw = np.full(num_elements * size + 2 * guard_bytes, PATTERN, dtype=np.uint8)
-    if dtype_name == "bool":
-        raw &= 1
+    # torch's own memory: a storage that wraps numpy's cannot be resized or shared
+    outer_bytes = torch.empty(num_elements * size + 2 * guard_bytes, dtype=torch.uint8)
+    raw = outer_bytes.numpy()
+    raw.fill(PATTERN & 1 if dtype_name == "bool" else PATTERN)
     is_inset = memory == "sliced" and math.prod(shape) > 0
     offset = guard_bytes // size + (sum(s // steps for s in strides) if is_inset else 0)
     _view(raw, offset, shape, strides, size)[...] = data.reshape(*shape, size)
-    storage = torch.from_numpy(raw).to(device).untyped_storage() if device != "cpu" else _cpu_storage(raw)
     empty = torch.empty(0, dtype=dtype, device=device)
-    return empty.set_(storage, offset, shape, tuple(strides))
-
-
-def _cpu_storage(raw: Bytes) -> torch.UntypedStorage:
-    """Returns a storage that torch itself allocated: one that wraps numpy's memory cannot be resized or shared."""
-    return torch.from_numpy(raw).clone().untyped_storage()
+    return empty.set_(outer_bytes.to(device).untyped_storage(), offset, shape, tuple(strides))
 
 
 def _view(raw: Bytes, offset: int, shape: tuple[int, ...], strides: list[int] | tuple[int, ...], size: int) -> Bytes:
@@ -254,6 +249,8 @@ def tensor_bytes(tensor: torch.Tensor) -> bytes:
 
 def outside_intact(tensor: torch.Tensor) -> bool:
     """Reads as: every byte of the storage of ``tensor`` that is not an element of it is still the pattern."""
+    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
+        return True  # there is none
     storage = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
     raw = storage.cpu().numpy().copy()
     pattern = PATTERN & 1 if tensor.dtype == torch.bool else PATTERN

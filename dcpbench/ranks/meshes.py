@@ -13,6 +13,7 @@ from torch.distributed.tensor._redistribute import _gen_transform_infos, clear_r
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from dcpbench.layout import Mesh
+from dcpbench.ranks import dtensors
 
 __all__ = ["forget", "group_of", "mesh_of"]
 
@@ -49,6 +50,7 @@ def forget() -> list[object]:
         _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
         _gen_transform_infos.cache_clear()
         clear_redistribute_planner_cache()
+        dtensors.forget()
     _meshes.clear()
     _groups.clear()
     return held

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 import time
-from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -12,9 +13,6 @@ import torch
 from dcpbench.messages import Usage
 
 __all__ = ["Meter"]
-
-_STATUS = Path("/proc/self/status")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 class Meter:
@@ -34,12 +32,7 @@ class Meter:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             self._device_before = torch.cuda.memory_allocated()
-        try:
-            _CLEAR_REFS.write_text("5")
-        except OSError:  # no permission in some containers: the mark is then the process's own
-            self._before = _status_bytes("VmHWM")
-        else:
-            self._before = _status_bytes("VmRSS")
+        self._before = _status_bytes(b"VmRSS" if _reset_mark() else b"VmHWM")
         self._wall = time.time()
         self._start = time.perf_counter()
         return self
@@ -48,11 +41,30 @@ class Meter:
         if self._on_cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self._start
-        peak = max(0, _status_bytes("VmHWM") - self._before)
+        peak = max(0, _status_bytes(b"VmHWM") - self._before)
         device_peak = torch.cuda.max_memory_allocated() - self._device_before if self._on_cuda else 0
         self.usage = Usage(seconds, self._wall, peak, device_peak)
 
 
-def _status_bytes(field: str) -> int:
-    match = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+def _reset_mark() -> bool:
+    """Sets the high-water mark to what is resident now; False where the kernel does not permit it to this process."""
+    try:
+        os.pwrite(_opened("/proc/self/clear_refs", os.O_WRONLY), b"5", 0)
+    except OSError:  # in some containers
+        return False
+    return True
+
+
+def _status_bytes(field: bytes) -> int:
+    match = re.search(rb"(?m)^%b:\s+(\d+) kB" % field, os.pread(_opened("/proc/self/status", os.O_RDONLY), 8192, 0))
     return int(match[1]) * 1024 if match else 0
+
+
+def _opened(path: str, mode: int) -> int:
+    """Returns a descriptor that stays open, since opening such a file costs more than what is read from it."""
+    return _opened_by(os.getpid(), path, mode)
+
+
+@functools.lru_cache(maxsize=2)
+def _opened_by(_pid: int, path: str, mode: int) -> int:
+    return os.open(path, mode | os.O_CLOEXEC)

@@ -8,6 +8,7 @@ main thread is blocked in a collective.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import functools
 import importlib
@@ -66,6 +67,7 @@ class _Rank:
         self._welcome = welcome
         self._phases = phases
         self._phase = ""
+        self._command: RunStep | Call | None = None
 
     @functools.cached_property
     def _group(self) -> DefaultGroup:
@@ -79,8 +81,18 @@ class _Rank:
                 number, payload = frames.receive(self._messages)
                 observation = self._observe(number, payload)
                 self._messages.send_bytes(self._packed(number, observation))
+                if observation.outcome == "ok":
+                    self._prepare()
             except (EOFError, OSError):  # the controller is gone
                 return
+
+    def _prepare(self) -> None:
+        """Begins with what comes next, while other ranks are busy."""
+        if isinstance(self._command, RunStep):
+            from dcpbench.ranks.execute import prepare
+
+            with contextlib.suppress(Exception):  # it is done again, and reported, when its time has come
+                prepare(self._command, self._rank, self._welcome.device)
 
     def _observe(self, number: int, payload: bytes) -> Observation:
         """Runs a command and returns what came of it.
@@ -88,10 +100,10 @@ class _Rank:
         The boundary: whatever the code under test raises becomes an observation here, `BaseException` included, since
         DCP's own ``CheckpointException`` is one.
         """
-        self._phase = ""
+        self._phase, self._command = "", None
         seen = Observation(self._rank, 0, 0, "call", "ok")
         try:
-            command: RunStep | Call = frames.unpack(payload)
+            command = self._command = frames.unpack(payload)
             seen = blank(command, self._rank)
             return self._run(number, command, seen)
         except BaseException as error:
