@@ -27,7 +27,7 @@ def dtensor(
     It ends as ``distribute_tensor`` does: ``from_local`` would take an empty shape, that of a 0-d tensor, for none.
     """
     spec = DTensorSpec.__new__(DTensorSpec)  # a copy: a backend may change what it is given
-    vars(spec).update(vars(_spec(tuple(shape), mesh, tuple(placements), dtype)))
+    vars(spec).update(vars(_spec(tuple(shape), _This(mesh), tuple(placements), dtype)))
     return DTensor(local.detach(), spec, requires_grad=local.requires_grad)  # type: ignore[no-untyped-call]
 
 
@@ -36,11 +36,24 @@ def forget() -> None:
     _spec.cache_clear()
 
 
+class _This:
+    """A mesh by its identity: those of virtual ranks are equal, and yet each stands elsewhere in its own."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _This) and self.mesh is other.mesh
+
+    def __hash__(self) -> int:
+        return id(self.mesh)
+
+
 @functools.lru_cache(maxsize=256)
-def _spec(shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Placement, ...], dtype: torch.dtype) -> Any:
+def _spec(shape: tuple[int, ...], this: _This, placements: tuple[Placement, ...], dtype: torch.dtype) -> Any:
     strides = tuple(math.prod(max(1, size) for size in shape[dim + 1 :]) for dim in range(len(shape)))
     meta = TensorMeta(torch.Size(shape), strides, dtype)
-    return DTensorSpec(mesh, tuple(map(_placement, placements)), tensor_meta=meta)
+    return DTensorSpec(this.mesh, tuple(map(_placement, placements)), tensor_meta=meta)
 
 
 @functools.cache

@@ -188,15 +188,14 @@ def _allocate(
         strides[dim] = stride * steps
         stride *= max(outer[dim], 1)
     num_elements = math.prod(outer) if memory == "sliced" else math.prod(shape)
-    # torch's own memory: a storage that wraps numpy's cannot be resized or shared
-    outer_bytes = torch.empty(num_elements * size + 2 * guard_bytes, dtype=torch.uint8)
-    raw = outer_bytes.numpy()
-    raw.fill(PATTERN & 1 if dtype_name == "bool" else PATTERN)
+    pattern = PATTERN & 1 if dtype_name == "bool" else PATTERN
+    raw = np.full(num_elements * size + 2 * guard_bytes, pattern, dtype=np.uint8)
     is_inset = memory == "sliced" and math.prod(shape) > 0
     offset = guard_bytes // size + (sum(s // steps for s in strides) if is_inset else 0)
     _view(raw, offset, shape, strides, size)[...] = data.reshape(*shape, size)
-    empty = torch.empty(0, dtype=dtype, device=device)
-    return empty.set_(outer_bytes.to(device).untyped_storage(), offset, shape, tuple(strides))
+    # torch's own memory: a storage that numpy knows, on either side, can neither be resized nor shared
+    storage = torch.from_numpy(raw).to(device, copy=True).untyped_storage()
+    return torch.empty(0, dtype=dtype, device=device).set_(storage, offset, shape, tuple(strides))
 
 
 def _view(raw: Bytes, offset: int, shape: tuple[int, ...], strides: list[int] | tuple[int, ...], size: int) -> Bytes:

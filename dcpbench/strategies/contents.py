@@ -11,11 +11,14 @@ from dcpbench.strategies.values import alike, dtypes, keys, shapes, values
 __all__ = ["MAY_REQUIRE_GRAD", "contents", "leaf_paths", "one_in"]
 
 
-LARGE_SHAPES = ((257, 1031), (65_537,), (3, 300, 200))
-"""Beyond the buffers and block sizes that an implementation may have: a quarter of a million elements and less."""
+LARGE_SHAPES = ((257, 1031), (65_537,), (3, 300, 200), (2_100_001,))
+"""Beyond the buffers, blocks and parts of an upload that an implementation may have: up to 16 MiB in 8 bytes each."""
 
-LONG_LIST = 12
-"""Indices of two digits: their order as text is another one."""
+LONG_LISTS = (12, 12, 12, 270)
+"""Indices of two digits: their order as text is another one. Then more items than a byte can count."""
+
+MANY_OBJECTS = 10
+"""Values cost next to nothing beside the save and the load: many of them in a case are many kinds seen."""
 
 MAY_REQUIRE_GRAD = frozenset(("float32", "bfloat16", "float16", "float64", "complex64", "complex128"))
 
@@ -72,9 +75,11 @@ def contents(draw: st.DrawFn) -> tuple[tuple[TensorLeaf, ...], tuple[ObjectLeaf,
     numbers = [n for n in (1, 2, 3, 4, 2, 3, 0) if n <= scope.max_tensors and (n or has_objects)]
     num_tensors = draw(st.sampled_from(numbers), label="tensors")
     least = 1 if num_tensors == 0 else 0
-    num_objects = draw(st.integers(least, max(least, scope.max_objects)), label="objects") if has_objects else 0
+    most = MANY_OBJECTS if scope.max_objects > 1 and one_in(draw, 4, "many objects") else max(least, scope.max_objects)
+    num_objects = draw(st.integers(least, most), label="objects") if has_objects else 0
     if one_in(draw, 16, "long list"):
-        tensors = [TensorLeaf((Part("key", "list"), Part("index", n)), (n + 1,)) for n in range(LONG_LIST)]
+        length = draw(st.sampled_from(LONG_LISTS), label="length")
+        tensors = [TensorLeaf((Part("key", "list"), Part("index", n)), (n + 1,)) for n in range(length)]
         value = draw(values(), label="value")
         return tuple(tensors), tuple(ObjectLeaf((Part("key", f"o{n}"),), value) for n in range(num_objects))
     paths = draw(leaf_paths(num_tensors + num_objects))

@@ -56,6 +56,9 @@ _EXTREMES = (
 )
 """What formats not made for Python values get wrong: limits of double and int64, kinds of zero and of nothing."""
 
+_TEXTS = ("ключ", "权重", "\U0001f600", "e\u0301", "\0", "\n", "a.b/c")
+"""Hypothesis draws mostly Latin letters."""
+
 
 def values() -> st.SearchStrategy[object]:
     """Returns a strategy for values that are no tensors, encoded by :mod:`dcpbench.objects`.
@@ -68,6 +71,7 @@ def values() -> st.SearchStrategy[object]:
         st.integers(-3, 3),
         st.booleans(),
         st.text(max_size=5),
+        st.sampled_from(_TEXTS),
         st.integers(min_value=-(2**80), max_value=2**80),
         st.floats(),
         st.binary(max_size=8),
