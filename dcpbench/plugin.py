@@ -187,7 +187,7 @@ def _check_backends_before_workers_start(suite: SuiteSession) -> None:
     unknown = tuple(name for name in suite.settings.backends if name not in registry.KNOWN)
     if not unknown:
         return
-    alone = SuiteSession(replace(suite.settings, backends=unknown, world_size=1), {})
+    alone = SuiteSession(replace(suite.settings, backends=unknown, world_size=min(2, suite.settings.world_size)), {})
     try:
         _check_backends(alone)
     except DcpbenchError as error:

@@ -1,10 +1,11 @@
-"""A backend for test_pool.py whose ranks crash after their step; only ranks import it, since it needs torch."""
+"""Backends whose ranks crash after their step, or that need a process group, or none; only ranks import torch."""
 
 import os
 import threading
 import time
 
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 from dcpbench.backends.protocol import EngineBackend
 
@@ -19,3 +20,21 @@ def _take_long(state_dict, checkpoint_id):
 
 
 crashes_later = EngineBackend("crashes-later", _crash_soon, _take_long)
+
+
+def _save_as_rank(state_dict, checkpoint_id):
+    assert dist.get_rank() < dist.get_world_size()
+    dcp.save(state_dict, checkpoint_id=checkpoint_id)
+
+
+def _save_alone(state_dict, checkpoint_id):
+    assert not dist.is_initialized()
+    dcp.save(state_dict, checkpoint_id=checkpoint_id)
+
+
+def _load(state_dict, checkpoint_id):
+    dcp.load(state_dict, checkpoint_id=checkpoint_id)
+
+
+asks_for_its_rank = EngineBackend("asks-for-its-rank", _save_as_rank, _load)
+asks_for_no_group = EngineBackend("asks-for-no-group", _save_alone, _load)

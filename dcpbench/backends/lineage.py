@@ -8,7 +8,6 @@ loaded, and the functions of torch that run meanwhile tell.
 from __future__ import annotations
 
 import sys
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
@@ -37,30 +36,41 @@ _PART_OF_FILE = {
 }
 
 
-def describe(_rank: int, _world_size: int, specification: str) -> tuple[str, ...]:
-    """Runs on a rank: returns :func:`torch_parts` of the backend that ``specification`` names."""
-    return torch_parts(resolve(specification))
+_PROBES: tuple[dict[str, Any], ...] = ({"tensor": torch.zeros(2), "value": 0}, {"tensor": torch.zeros(2)}, {"value": 0})
+"""A backend that has no values, or no tensors, refuses the first one."""
 
 
-def torch_parts(backend: Backend) -> tuple[str, ...]:
+def describe(_rank: int, _world_size: int, specification: str, folder: str) -> tuple[str, ...]:
+    """Runs on ranks: returns :func:`torch_parts` of the backend that ``specification`` names, as this rank saw it.
+
+    Args:
+        specification: of the backend.
+        folder: a fresh one, the same on all ranks.
+    """
+    return torch_parts(resolve(specification), Path(folder))
+
+
+def torch_parts(backend: Backend, folder: Path) -> tuple[str, ...]:
     """Returns the parts of torch's DCP that ``backend`` runs: some of engine, planner, state_dict, storage; sorted.
 
-    A backend that cannot save and load two small leaves in one process shows what ran until it raised.
+    A backend that cannot save and load two small leaves shows what ran until it raised; it is then asked with a tensor
+    alone, and with a value alone.
     """
     found: set[str] = set()
     if state_dict_functions(backend) is TORCH_STATE_DICT:
         found.add("state_dict")
-    with tempfile.TemporaryDirectory(prefix="dcpbench-") as folder, warnings.catch_warnings(), _watching(found):
+    with warnings.catch_warnings(), _watching(found):
         warnings.simplefilter("ignore")  # torch warns that there is no process group, which is on purpose
-        checkpoint_id = str(Path(folder) / "probe")
-        held: dict[str, Any] = {"tensor": torch.zeros(2), "value": 0}
-        try:
-            session = backend.open(reuse=False)
-            session.save(held, checkpoint_id)
-            session.load(held, checkpoint_id)
-        except BaseException as error:  # the suites say what is wrong with the backend; this only looks
-            if isinstance(error, KeyboardInterrupt):
-                raise
+        for number, probe in enumerate(_PROBES):
+            try:
+                session, held = backend.open(reuse=False), dict(probe)
+                session.save(held, str(folder / str(number)))
+                session.load(held, str(folder / str(number)))
+            except BaseException as error:  # the suites say what is wrong with the backend; this only looks
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+            else:
+                break
     return tuple(sorted(found))
 
 

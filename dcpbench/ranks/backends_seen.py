@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,8 @@ from dcpbench.ranks.pool import RankPool
 __all__ = ["BackendsSeen"]
 
 _ENDS_WITHIN_S = 20.0
+_PROBE = "dcpbench.backends.lineage:describe"
+_PROBE_TIMEOUT_S = 10.0
 
 
 @dataclass
@@ -68,10 +71,22 @@ class BackendsSeen:
             raise expected("a CUDA device", "--device", "cuda", "Give --device=cpu, or run where torch sees a GPU.")
 
     def torch_parts(self, backend: str) -> tuple[str, ...]:
-        """Returns what of torch a backend is built on; nothing, where finding out ends the rank or hangs."""
-        target = "dcpbench.backends.lineage:describe"
-        (seen,) = self.pool().step(Call(0, 1, target, {"specification": backend}, distributed=False))
-        return tuple(seen.value) if seen.outcome == "ok" else ()
+        """Returns what of torch a backend is built on; nothing, where finding out ends the ranks or hangs.
+
+        It is looked at in one process and on two ranks: either may be what the backend does not support.
+        """
+        pool, found = self.pool(), set[str]()
+        patience_s = pool.rank_timeout_s
+        pool.rank_timeout_s = min(patience_s, _PROBE_TIMEOUT_S)
+        try:
+            for world_size in range(1, min(2, pool.size) + 1):
+                with tempfile.TemporaryDirectory(prefix="dcpbench-", ignore_cleanup_errors=True) as folder:
+                    arguments = {"specification": backend, "folder": folder}
+                    call = Call(0, world_size, _PROBE, arguments, distributed=world_size > 1)
+                    found |= {part for seen in pool.step(call) if seen.outcome == "ok" for part in seen.value}
+        finally:
+            pool.rank_timeout_s = patience_s
+        return tuple(sorted(found))
 
     def declared(self, backend: str) -> frozenset[str]:
         """Returns the capabilities that a backend declares absent."""

@@ -113,11 +113,15 @@ def concurrent_readers(draw: st.DrawFn) -> Case:
 def overwriting(draw: st.DrawFn) -> Case:
     """Draws a case that saves other content, on as many or other ranks, over a checkpoint, and loads it.
 
-    All ranks may refuse to write over it.
+    What was there may have been loaded before. All ranks may refuse to write over it.
     """
     case = draw(resharding())
+    before = [Step("load", draw(st.integers(0, 1), label="layout of the load before"))] * draw(
+        st.integers(0, 1), "loads"
+    )
     steps = (
         Step("save", 0),
+        *before,
         Step("save", draw(st.integers(0, 1), label="layout of the second save"), version=1, may_refuse=True),
         Step("load", draw(st.integers(0, 1), label="layout of the load")),
     )
@@ -148,7 +152,7 @@ def bad_loads(draw: st.DrawFn) -> Case:
     number = draw(st.integers(0, len(leaves) - 1), label="misused leaf")
     kinds: list[Misuse] = ["no-checkpoint"]
     if leaves[number].path[-1].kind == "key":
-        kinds[:0] = ["unknown-key", "unknown-key"]
+        kinds[:0] = ["unknown-key"] * 3  # the one misuse that may be one rank's alone
     if number >= len(tensors):
         kinds.insert(0, "other-kind")
     else:
@@ -161,7 +165,7 @@ def bad_loads(draw: st.DrawFn) -> Case:
     if misuse == "no-checkpoint":
         return narrowed(Case("refuse", 0, tensors, objects, pair, (Step("load", 1, "absent", misuse="no-checkpoint"),)))
     on = None
-    if misuse == "unknown-key" and world > 1 and not one_in(draw, 2, "on all ranks"):
+    if misuse == "unknown-key" and world > 1 and not one_in(draw, 3, "on all ranks"):
         on = draw(st.sampled_from([*range(1, world), 0]), label="rank")
     steps = (Step("save", 0), Step("load", 1, misuse=misuse, misused=number, misused_on=on))
     return narrowed(Case("refuse", draw(_seeds), tensors, objects, pair, steps))

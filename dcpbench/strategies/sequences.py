@@ -123,9 +123,9 @@ class _Maker:
         self.version = 0
 
     def add(self, kind: str = "") -> None:
-        kinds = ["save", "async_save"]
+        kinds = ["save", "save", "async_save"]
         if self.held:
-            kinds += ["load", "load", "load", "save over", "copy", "rename", "delete", *self._resave()]
+            kinds += ["load", "load", "load", "save over", "rename", "rename", "copy", "delete", *self._resave()]
         kinds = [kind for kind in kinds if scope.has(_NEEDED.get(kind, ""))]
         if self.gone:
             kinds.append("load of what is gone")
@@ -151,7 +151,7 @@ class _Maker:
                 number = self.draw(st.integers(self.num_tensors, self.num_leaves - 1), label="misused leaf")
                 self.steps.append(Step("save", layout, "bad", misuse="unsavable", misused=number))
             case _:
-                self._arrange(kind)
+                self._arrange(kind, layout)
 
     def _free(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Returns those of ``names`` that a save may take; where no save may be over another, the unused ones."""
@@ -166,10 +166,10 @@ class _Maker:
         self._put(name, self.version)
         self.version += 1
 
-    def _arrange(self, kind: str) -> None:
+    def _arrange(self, kind: str, layout: int) -> None:
         name = self._name(tuple(self.held))
         target = "" if kind == "delete" else self._name(tuple(n for n in _NAMES if n != name))
-        step = Step("save", 0, name, target=target)
+        step = Step("save", layout, name, target=target)
         match kind:
             case "copy":
                 self.steps.append(replace(step, action="copy"))
@@ -182,6 +182,8 @@ class _Maker:
         if kind != "copy":
             del self.held[name]
             self.gone.append(name)
+        if target and self.draw(st.booleans(), label="loaded at once"):
+            self.steps.append(Step("load", step.layout, target))
 
     def _put(self, name: str, version: int) -> None:
         self.held[name] = version

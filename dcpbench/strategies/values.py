@@ -52,7 +52,7 @@ _EXTREMES = (
     *(2**53 + 1, -(2**63) - 1, 2**64, 1, 0, True, False),
     *(math.nan, -math.nan, -0.0, 0.0, 1.0, math.inf, -math.inf, 5e-324),
     *("", "\0", "ключ", "\U0001f600", "1", "None"),
-    *(b"", b"\0x", b"a\0b", b"x\0"),
+    *(b"", b"\0x", b"a\0b", b"x\0", bytearray(b"a\0b")),
 )
 """What formats not made for Python values get wrong: limits of double and int64, kinds of zero and of nothing."""
 
@@ -120,7 +120,7 @@ def _rich_values(scalars: st.SearchStrategy[object]) -> st.SearchStrategy[object
         st.sampled_from(
             [datetime.timedelta(days=-1, microseconds=1), datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)]
         ),
-        st.sampled_from([PurePosixPath("a/b"), Decimal("1e-400"), Decimal("-0"), bytearray(b"a\0b")]),
+        st.sampled_from([PurePosixPath("a/b"), Decimal("1e-400"), Decimal("-0")]),
         st.sampled_from([np.float32(0.1), np.int64(-1), np.bool_(True), np.float64("nan"), np.str_("x"), np.uint8(7)]),
         st.sampled_from([np.arange(6).reshape(2, 3), np.zeros(0, "f4"), np.array(1.5), np.arange(4.0)[::2]]),
         st.sampled_from(_ENCODED).map(_Encoded),

@@ -63,15 +63,17 @@ class broadcasts_from_first_rank(Engine):
             dist.all_gather_object(everyone, mine)
         for tensor, sent in zip(tensors_of(state_dict), everyone[0], strict=False):
             own = self.shard(tensor)
-            if own is not None and sent is not None and sent.shape == own.shape and sent.dtype == own.dtype:
-                local_of(tensor).detach().copy_(sent)
+            if own is not None and sent is not None and len(sent) == len(own):
+                held = local_of(tensor).detach()
+                held.copy_(sent.view(held.dtype).reshape(held.shape))
 
     def shard(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Returns what a rank holds of a tensor that is both cut and replicated; None for others."""
+        """Returns the bytes that a rank holds of a tensor that is both cut and replicated; None for others."""
         if not isinstance(tensor, DTensor) or tensor.device_mesh.get_coordinate() is None:
             return None
         kinds = {isinstance(placement, Replicate) for placement in tensor.placements}
-        return local_of(tensor).detach().clone() if len(kinds) == 2 else None
+        held = local_of(tensor).detach()
+        return held.contiguous().reshape(-1).view(torch.uint8).clone() if len(kinds) == 2 else None
 
 
 @breaks(
