@@ -11,10 +11,10 @@ from dcpbench.strategies.values import alike, dtypes, keys, shapes, values
 __all__ = ["MAY_REQUIRE_GRAD", "contents", "leaf_paths", "one_in"]
 
 
-LARGE_SHAPES = ((257, 1031), (65_537,), (3, 300, 200), (2_100_001,))
+LARGE_SHAPES = (*((257, 1031), (65_537,), (3, 300, 200)) * 3, (2_100_001,))
 """Beyond the buffers, blocks and parts of an upload that an implementation may have: up to 16 MiB in 8 bytes each."""
 
-LONG_LISTS = (12, 12, 12, 270)
+LONG_LISTS = (*(12,) * 7, 270)
 """Indices of two digits: their order as text is another one. Then more items than a byte can count."""
 
 MANY_OBJECTS = 10
