@@ -27,6 +27,14 @@ def alone(rank, world_size):
     return dist.is_initialized()
 
 
+def prepared_step(rank, world_size):
+    """Returns the number of the step whose state dict was built ahead; None if there is none."""
+    from dcpbench.ranks import execute
+
+    prepared = execute._running[0].prepared
+    return None if prepared is None else prepared[0]
+
+
 def leave(rank, world_size, how, ranks):
     """Ranks in ``ranks`` leave as ``how`` says; the others wait for the first of them.
 

@@ -24,7 +24,7 @@ from dcpbench.bench.run import Matrix, measure
 from dcpbench.bench.store import RunWriter, read_run, runs_below
 from dcpbench.bench.workloads import fitted
 from dcpbench.cli import main
-from dcpbench.errors import MalformedFile, UsageError
+from dcpbench.errors import DcpbenchError, MalformedFile, UsageError
 from dcpbench.messages import Call
 from dcpbench.ranks.pool import RankPool
 
@@ -314,3 +314,10 @@ def test_the_page_names_each_column_with_its_unit():
     named = re.findall(r"^\| `(\w+)` \| [\w/ %]+ \|", table, re.MULTILINE)
     assert named == [field.name for field in dataclasses.fields(Row)]
     assert f"schema version {SCHEMA_VERSION}" in table
+
+
+def test_counters_are_taken_below_paths_that_are_as_long_and_as_deep_everywhere(tmp_path):
+    folders = [gate._like_everywhere(tmp_path / at) for at in ("a", "longer", "deeper/and/deeper")]
+    assert len({(len(str(folder)), len(folder.parts)) for folder in folders}) == 1
+    with pytest.raises(DcpbenchError, match="Set TMPDIR"):
+        gate._like_everywhere(tmp_path / ("x" * 200))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import rank_targets
 
 from dcpbench.case import Case, Layout, LeafLayout, Mesh, Part, Placement, Step, TensorLeaf
 from dcpbench.errors import RanksUnavailable, UsageError
-from dcpbench.messages import Call
+from dcpbench.messages import Call, RunStep
 from dcpbench.ranks.pool import RankPool
 
 SIZE = 4
@@ -135,6 +136,17 @@ def test_steps_run_on_their_own_world_sizes(pool):
         *((0, rank, "ok") for rank in range(3)),
         *((1, rank, "ok") for rank in range(2)),
     ]
+
+
+@pytest.mark.parametrize(("layout", "prepared"), [(0, 1), (1, None)])
+def test_what_comes_next_is_built_while_others_are_busy(pool, tmp_path, layout, prepared):
+    case = replace(round_trip(3), steps=(Step("save", 0), Step("load", layout)))
+    seen = pool.step(RunStep(0, 3, case, 0, "torch", str(tmp_path)))
+    assert outcomes(seen) == ["ok"] * 3
+    assert [o.value for o in call(pool, "prepared_step", 3)] == [prepared] * 3
+    saved, loaded = seen, pool.step(RunStep(0, 3, case, 1, "torch", str(tmp_path))) if prepared else seen
+    # the call between them has made another group: what was built for the one before is of no use
+    assert [o.tensors[0].data for o in loaded] == [o.tensors[0].data for o in saved]
 
 
 def test_the_folder_of_a_case_goes_with_it(pool):
@@ -332,7 +344,8 @@ def _kill_when_busy(pid, folder):
 _CONTROLLER = """
 import os, sys
 sys.path[:0] = {path!r}
-from dcpbench.messages import Call
+from dcpbench.messages import Call, RunStep
+from dcpbench.oracle.judge import judge
 from dcpbench.ranks.pool import RankPool
 with RankPool(3) as pool:
     pool.step(Call(0, 3, "rank_targets:world", {{}}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -50,7 +50,7 @@ class _This:
 
 
 @functools.lru_cache(maxsize=256)
-def _spec(shape: tuple[int, ...], this: _This, placements: tuple[Placement, ...], dtype: torch.dtype) -> Any:
+def _spec(shape: tuple[int, ...], this: _This, placements: tuple[Placement, ...], dtype: torch.dtype) -> DTensorSpec:
     strides = tuple(math.prod(max(1, size) for size in shape[dim + 1 :]) for dim in range(len(shape)))
     meta = TensorMeta(torch.Size(shape), strides, dtype)
     return DTensorSpec(this.mesh, tuple(map(_placement, placements)), tensor_meta=meta)

@@ -70,9 +70,6 @@ class Exchange:
                 self._limit = f"within {grace_after_raise_s:g} s after rank {self._raised} raised"
         self._ask_for_stacks()
 
-    def needs_rebuild(self) -> bool:
-        return bool(self.lost or self.hung)
-
     def observations(self, exit_codes: Mapping[int, int]) -> tuple[Observation, ...]:
         """Returns what became of the command, in rank order.
 

@@ -47,6 +47,8 @@ def run_step(command: RunStep, rank: int, enter_phase: Callable[[str], None], de
         enter_phase("arrange")
         return arrange(command, rank, seen)
     enter_phase("build")
+    if command.distributed and not command.keeps_group:
+        running.prepared = None  # its meshes have gone with their group
     built = running.last = _state_dict(running, case, command.step, rank, device)
     wanted = wishes(case, command.step)
     enter_phase("open")
